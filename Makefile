@@ -1,0 +1,27 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG := configs/quickstart/mnc_R_18_FPN.yaml
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install quickstart test lint
+
+install: $(INSTALLED)
+
+# setuptools that detectron2 can use must be there before, and the build must see it: hence no build isolation.
+$(INSTALLED): requirements/pinned.txt requirements/detectron2.txt requirements/install_detectron2.py setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --requirement requirements/pinned.txt
+	$(BIN)/python requirements/install_detectron2.py
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
+	touch $@
+
+quickstart: install
+	$(BIN)/python train_net.py --config-file $(CONFIG) OUTPUT_DIR output/quickstart
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,18 @@
+"""Multi-task Network Cascades (Dai, He, Sun, CVPR 2016) as a Detectron2 extension.
+
+Importing this package registers its components in Detectron2's registries and its datasets in Detectron2's catalogs.
+"""
+
+import importlib.util
+
+if importlib.util.find_spec("detectron2") is None:
+    raise ImportError(
+        "mnc_d2 needs Detectron2, which is not installed: run `make install` in a clone of mnc_d2, or build it by "
+        "`pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'`."
+    )
+
+from . import data, modeling  # noqa: E402, F401  (imported for their registrations)
+from .config import add_mnc_config  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["add_mnc_config"]

@@ -1,0 +1,69 @@
+"""Config keys of MNC, beside those of Detectron2 that it reuses."""
+
+import torch
+from detectron2.config import CfgNode as CN
+
+
+def add_mnc_config(cfg: CN) -> None:
+    """Add the keys of MNC to Detectron2's default config, in place.
+
+    Sizes, thresholds and rates that Detectron2 already has a key for keep it (``MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE``,
+    ``MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION``, ...); ``configs/Base-MNC.yaml`` sets them to the paper's values.
+    ``MODEL.DEVICE`` becomes "cpu" where there is no GPU.
+
+    Args:
+        cfg: a config as returned by ``detectron2.config.get_cfg()``.
+    """
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+
+    mnc = cfg.MODEL.MNC = CN()
+    # Passes of the (mask, classify) pair, each two stages: k passes make a cascade of 1 + 2k stages.
+    mnc.NUM_PASSES_TRAIN = 2
+    mnc.NUM_PASSES_TEST = 2
+
+    # Where a later stage's loss flows back through an earlier stage's output (the causal gradients of section 3).
+    # RPN boxes -> first pass:
+    mnc.PROPOSAL_GRADIENT = True
+    # Boxes that a pass regressed -> next pass:
+    mnc.BOX_GRADIENT = True
+    # Masks -> masked features of the classifier: "none", "foreground" (only RoIs whose mask-level label is
+    # foreground, as released) or "all":
+    mnc.MASK_GRADIENT = "foreground"
+    # Elements of the causal gradient with respect to box deltas are clipped to +-this value; 0 for no clipping.
+    mnc.DELTA_GRADIENT_CLIP = 1.0 / 512
+    # Whether boxes clipped at the image border, and boxes from anchors that cross it, get a causal gradient.
+    mnc.BORDER_GRADIENT = False
+
+    # Sampling positions of the RoI warp: "center" (Detectron2's pixel convention) or "caffe" (the released layer).
+    mnc.ROI_WARP_SAMPLING = "center"
+
+    # Background RoIs of the first pass: IoU bands [low, high) and the fraction of the background drawn from each.
+    mnc.BACKGROUND_IOU_BANDS = [[0.1, 0.5], [0.0, 0.1]]
+    mnc.BACKGROUND_FRACTIONS = [0.85, 0.15]
+
+    # Side m of the regressed m x m masks.
+    mnc.MASK_SIZE = 28
+    # Hidden units of the mask-regression head.
+    mnc.MASK_FC_DIM = 256
+    # Standard deviation of that head's initial weights; features that are not pretrained learn faster with more.
+    mnc.MASK_INIT_STD = 0.001
+    # A target texel is foreground where the instance covers at least this part of it.
+    mnc.MASK_TARGET_THRESHOLD = 0.5
+    # A predicted pixel is foreground from this probability on: mask-level labels, mask voting and results.
+    mnc.MASK_THRESHOLD = 0.4
+    # An RoI is foreground at mask level from this mask IoU on.
+    mnc.MASK_IOU_THRESHOLD = 0.5
+    mnc.MASK_LOSS_WEIGHT = 1.0
+
+    # Whether the class that regresses a box for the next pass may be background at inference (the released rule).
+    mnc.NEXT_BOX_BACKGROUND = True
+
+    # Mask voting: boxes with at least this IoU to a surviving box contribute their mask.
+    mnc.VOTING_IOU_THRESHOLD = 0.5
+
+    # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
+    cfg.TEST.NUM_PICTURES = 0
+
+    # "SGD" (the paper) or "ADAMW", which learns faster from random initialisation.
+    cfg.SOLVER.OPTIMIZER = "SGD"

@@ -1,0 +1,23 @@
+"""Datasets and their mapper. Importing this package registers `shapes_train` and `shapes_val`."""
+
+from detectron2.data import DatasetCatalog
+
+from .coco import num_classes_from_datasets, register_coco_dataset
+from .mapper import MNCDatasetMapper
+from .shapes import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, prepare_dataset, prepare_shapes, register_shapes
+
+__all__ = [
+    "MNCDatasetMapper",
+    "SHAPES_CLASSES",
+    "SHAPES_SPLITS",
+    "ShapesSpec",
+    "num_classes_from_datasets",
+    "prepare_dataset",
+    "prepare_shapes",
+    "register_coco_dataset",
+    "register_shapes",
+]
+
+for _name, _spec in SHAPES_SPLITS.items():
+    if _name not in DatasetCatalog:  # a reloaded module registers once
+        register_shapes(_name, _spec)

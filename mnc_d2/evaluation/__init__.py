@@ -1,0 +1,3 @@
+from .pictures import PredictionPictures
+
+__all__ = ["PredictionPictures"]

@@ -1,0 +1,4 @@
+from .gradient import clip_gradient, pass_gradient
+from .roi_warp import RoIWarp, roi_warp, roi_warp_pyramid
+
+__all__ = ["RoIWarp", "clip_gradient", "pass_gradient", "roi_warp", "roi_warp_pyramid"]

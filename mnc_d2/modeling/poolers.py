@@ -1,0 +1,69 @@
+"""Pooling of RoI features from one or more feature maps, with gradients to the boxes."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling.poolers import assign_boxes_to_levels, convert_boxes_to_pooler_format
+from detectron2.structures import Boxes
+from torch import nn
+
+from ..layers import roi_warp_pyramid
+
+
+class RoIWarpPooler(nn.Module):
+    """RoI warp with the interface of Detectron2's ``ROIPooler``.
+
+    A box takes its features from the pyramid level that equation 1 of the FPN paper gives to its size, with the
+    gradient of the samples with respect to its coordinates.
+
+    Args:
+        output_size: side S of the pooled features.
+        scales: feature-map pixels per image pixel, per level; 1 / stride, each half of the one before.
+        sampling_ratio: 1 for one bilinear sample per output element, 2 for the maximum of 2 x 2 samples (the paper).
+        sampling: "center" or "caffe", see :func:`mnc_d2.layers.roi_warp`.
+        canonical_box_size: square root of the area, in image pixels, of the boxes that level ``canonical_level`` takes.
+        canonical_level: level, as log2 of the stride, of these boxes.
+    """
+
+    def __init__(
+        self,
+        output_size: int,
+        scales: Sequence[float],
+        sampling_ratio: int = 2,
+        sampling: str = "center",
+        canonical_box_size: int = 224,
+        canonical_level: int = 4,
+    ) -> None:
+        super().__init__()
+        if sampling_ratio not in (1, 2):
+            raise ValueError(f"MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO must be 1 or 2, got {sampling_ratio}")
+        levels = [-math.log2(scale) for scale in scales]
+        if any(level != levels[0] + i for i, level in enumerate(levels)) or levels[0] != int(levels[0]):
+            raise ValueError(f"scales must be halving powers of 2, got {list(scales)}")
+        self.output_size = output_size
+        self.scales = list(scales)
+        self.sampling_ratio = sampling_ratio
+        self.sampling = sampling
+        self.min_level, self.max_level = int(levels[0]), int(levels[-1])
+        self.canonical_box_size = canonical_box_size
+        self.canonical_level = canonical_level
+
+    def forward(self, features: list[torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """
+        Args:
+            features: one (N, C, H_l, W_l) per level.
+            boxes: one per image, in image pixels; R in all.
+
+        Returns:
+            (R, C, S, S), the boxes of all images one after another.
+        """
+        rois = convert_boxes_to_pooler_format(boxes)
+        with torch.no_grad():
+            levels = assign_boxes_to_levels(
+                boxes, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+            )
+        size = self.output_size * self.sampling_ratio
+        samples = roi_warp_pyramid(features, rois, levels, size, self.scales, self.sampling)
+        return samples if self.sampling_ratio == 1 else F.max_pool2d(samples, kernel_size=2)

@@ -1,0 +1,110 @@
+"""Stages 2, 4, ...: regression of a class-agnostic mask in each box (section 3.2), its targets and its loss."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
+from torch import nn
+from torchvision.ops import roi_align
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class MaskRegressionHead(nn.Module):
+    """Two fully connected layers from the pooled features of a box to the logits of an m x m mask."""
+
+    @configurable
+    def __init__(
+        self, input_shape: ShapeSpec, *, hidden_dim: int = 256, mask_size: int = 28, init_std: float = 0.001
+    ) -> None:
+        """
+        Args:
+            input_shape: channels, height and width of the pooled features.
+            hidden_dim: units of the hidden layer.
+            mask_size: m.
+            init_std: standard deviation of the initial weights.
+        """
+        super().__init__()
+        self.mask_size = mask_size
+        self.fc1 = nn.Linear(input_shape.channels * input_shape.height * input_shape.width, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, mask_size**2)
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=init_std)
+            nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        return {
+            "input_shape": input_shape,
+            "hidden_dim": cfg.MODEL.MNC.MASK_FC_DIM,
+            "mask_size": cfg.MODEL.MNC.MASK_SIZE,
+            "init_std": cfg.MODEL.MNC.MASK_INIT_STD,
+        }
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return mask logits (R, m, m), float32, for pooled features (R, C, S, S)."""
+        hidden = F.relu(self.fc1(features.flatten(1)))
+        return self.fc2(hidden).view(-1, self.mask_size, self.mask_size).float()
+
+
+@torch.no_grad()
+def crop_masks(masks: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """Crop instance masks to boxes and resize them.
+
+    Args:
+        masks: (G, H, W), bool, of one image.
+        indices: (R,), int64, the mask of each box.
+        boxes: (R, 4), in image pixels.
+        size: m.
+
+    Returns:
+        (R, m, m), float32, the part of each texel that the mask covers; 0 outside the image or if there is no mask.
+    """
+    if len(masks) == 0:
+        return boxes.new_zeros(len(boxes), size, size)
+    rois = torch.cat((indices[:, None].to(boxes), boxes), dim=1)
+    # sampling_ratio=0 takes as many samples per texel as it has pixels.
+    crops = roi_align(masks[:, None].to(boxes), rois, size, sampling_ratio=0, aligned=True)
+    return crops.squeeze(1)
+
+
+def mask_loss(logits: torch.Tensor, coverage: torch.Tensor, valid: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Binary cross-entropy between predicted and ground-truth masks, averaged over the texels of the valid RoIs.
+
+    Args:
+        logits: (R, m, m), float32.
+        coverage: (R, m, m), as returned by :func:`crop_masks`.
+        valid: (R,), bool: foreground RoIs whose instance has a mask.
+        threshold: a target texel is foreground from this coverage on.
+
+    Returns:
+        scalar, 0 if no RoI is valid.
+    """
+    target = (coverage >= threshold).to(logits)
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(1, 2))
+    return (loss * valid).sum() / valid.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def instance_mask_iou(
+    predicted: torch.Tensor, coverage: torch.Tensor, boxes: torch.Tensor, areas: torch.Tensor
+) -> torch.Tensor:
+    """IoU of each predicted mask with the whole ground-truth instance, also the part of it outside the box.
+
+    Args:
+        predicted: (R, m, m), bool, in the frame of the box.
+        coverage: (R, m, m), as returned by :func:`crop_masks`.
+        boxes: (R, 4), in image pixels.
+        areas: (R,), area in image pixels of the matched instance.
+
+    Returns:
+        (R,), float32, in [0, 1].
+    """
+    width, height = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).unbind(dim=1)
+    texel_area = width * height / predicted[0].numel() if len(predicted) else width
+    predicted = predicted.to(coverage)
+    intersection = (predicted * coverage).sum(dim=(1, 2)) * texel_area
+    # Resampling may count slightly more than the true area inside the box.
+    areas = torch.maximum(areas, coverage.sum(dim=(1, 2)) * texel_area)
+    union = predicted.sum(dim=(1, 2)) * texel_area + areas - intersection
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)

@@ -1,0 +1,452 @@
+"""Stages 2 to 1 + 2k: k passes of mask regression and masked-feature classification (sections 3.2 to 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROIHeads, build_box_head, build_mask_head
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ...layers import pass_gradient
+from ..mask_voting import vote_masks
+from ..poolers import RoIWarpPooler
+from .classifier import MNCOutputLayers
+from .mask_head import crop_masks, instance_mask_iou, mask_loss
+from .sampling import sample_rois
+
+
+@dataclass
+class _PassOutput:
+    """What one pass makes of the R boxes of all images."""
+
+    boxes: list[Boxes]  # one per image
+    masks: torch.Tensor  # (R, m, m), probabilities
+    scores: torch.Tensor  # (R, C + 1), box-level logits
+    mask_scores: torch.Tensor  # (R, C + 1), mask-level logits
+    deltas: torch.Tensor  # (R, 4 (C + 1))
+
+
+@ROI_HEADS_REGISTRY.register()
+class MNCROIHeads(ROIHeads):
+    """The cascade after the RPN: each pass regresses a mask in every box, then classifies the box and its mask.
+
+    All passes share their weights. The boxes of a pass are those that the pass before regressed.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        in_features: list[str],
+        pooler: RoIWarpPooler,
+        mask_head: nn.Module,
+        mask_path_head: nn.Module,
+        box_path_head: nn.Module,
+        predictor: MNCOutputLayers,
+        classifier_resolution: int,
+        num_passes_train: int = 2,
+        num_passes_test: int = 2,
+        box_gradient: bool = True,
+        mask_gradient: str = "foreground",
+        delta_gradient_clip: float = 1.0 / 512,
+        border_gradient: bool = False,
+        background_bands: list[tuple[float, float]] = ((0.1, 0.5), (0.0, 0.1)),
+        background_fractions: list[float] = (0.85, 0.15),
+        mask_target_threshold: float = 0.5,
+        mask_threshold: float = 0.4,
+        mask_iou_threshold: float = 0.5,
+        mask_loss_weight: float = 1.0,
+        next_box_background: bool = True,
+        voting_iou_threshold: float = 0.5,
+        mask_on: bool = True,
+        **kwargs,
+    ) -> None:
+        """
+        Args:
+            in_features: names of the feature maps to pool from.
+            pooler: RoI warp to S x S.
+            mask_head: pooled features (R, C, S, S) -> mask logits (R, m, m).
+            mask_path_head, box_path_head: box heads for the masked and for the plain features, each from
+                (R, C, s, s) with s = ``classifier_resolution`` to features that are concatenated, the mask path first.
+            predictor: joint features -> scores, mask-level scores, box deltas.
+            classifier_resolution: s, a divisor of S; the features are max-pooled from S x S to s x s.
+            num_passes_train, num_passes_test: k for training and for inference.
+            box_gradient: whether gradients flow from a pass through its boxes into the pass before.
+            mask_gradient: which RoIs pass the classifier's gradient to their mask: "none", "foreground" (by mask-level
+                label) or "all".
+            delta_gradient_clip, border_gradient: as in :class:`~mnc_d2.modeling.CausalRPN`.
+            background_bands, background_fractions: see :func:`~mnc_d2.modeling.roi_heads.sampling.sample_rois`.
+            mask_target_threshold, mask_threshold, mask_iou_threshold, mask_loss_weight, next_box_background,
+                voting_iou_threshold: see :func:`mnc_d2.add_mnc_config`.
+            mask_on: whether inference returns masks, by mask voting; if not, boxes only, scored at box level.
+            kwargs: those of Detectron2's ``ROIHeads``.
+        """
+        super().__init__(**kwargs)
+        if mask_gradient not in ("none", "foreground", "all"):
+            raise ValueError(f'MODEL.MNC.MASK_GRADIENT must be "none", "foreground" or "all", got {mask_gradient!r}')
+        if num_passes_train < 1 or num_passes_test < 1:
+            raise ValueError("MODEL.MNC.NUM_PASSES_TRAIN and NUM_PASSES_TEST must be at least 1")
+        if pooler.output_size % classifier_resolution:
+            raise ValueError(
+                f"MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION ({classifier_resolution}) must divide "
+                f"MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION ({pooler.output_size})"
+            )
+        self.in_features = in_features
+        self.pooler = pooler
+        self.mask_head = mask_head
+        self.mask_path_head = mask_path_head
+        self.box_path_head = box_path_head
+        self.predictor = predictor
+        self.classifier_resolution = classifier_resolution
+        self.num_passes_train = num_passes_train
+        self.num_passes_test = num_passes_test
+        self.box_gradient = box_gradient
+        self.mask_gradient = mask_gradient
+        self.delta_gradient_clip = delta_gradient_clip
+        self.border_gradient = border_gradient
+        self.background_bands = background_bands
+        self.background_fractions = background_fractions
+        self.mask_target_threshold = mask_target_threshold
+        self.mask_threshold = mask_threshold
+        self.mask_iou_threshold = mask_iou_threshold
+        self.mask_loss_weight = mask_loss_weight
+        self.next_box_background = next_box_background
+        self.voting_iou_threshold = voting_iou_threshold
+        self.mask_on = mask_on
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
+        mnc = cfg.MODEL.MNC
+        in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
+        pooler = RoIWarpPooler(
+            output_size=cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION,
+            scales=[1.0 / input_shape[name].stride for name in in_features],
+            sampling_ratio=cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO,
+            sampling=mnc.ROI_WARP_SAMPLING,
+        )
+        channels = input_shape[in_features[0]].channels
+        size = pooler.output_size
+        resolution = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+        classifier_shape = ShapeSpec(channels=channels, height=resolution, width=resolution)
+        mask_path_head = build_box_head(cfg, classifier_shape)
+        box_path_head = build_box_head(cfg, classifier_shape)
+        path_shape = box_path_head.output_shape
+        path_size = path_shape.channels * (path_shape.height or 1) * (path_shape.width or 1)
+        return {
+            **super().from_config(cfg),
+            "in_features": in_features,
+            "pooler": pooler,
+            "mask_head": build_mask_head(cfg, ShapeSpec(channels=channels, height=size, width=size)),
+            "mask_path_head": mask_path_head,
+            "box_path_head": box_path_head,
+            "predictor": MNCOutputLayers(cfg, ShapeSpec(channels=2 * path_size)),
+            "classifier_resolution": resolution,
+            "num_passes_train": mnc.NUM_PASSES_TRAIN,
+            "num_passes_test": mnc.NUM_PASSES_TEST,
+            "box_gradient": mnc.BOX_GRADIENT,
+            "mask_gradient": mnc.MASK_GRADIENT,
+            "delta_gradient_clip": mnc.DELTA_GRADIENT_CLIP,
+            "border_gradient": mnc.BORDER_GRADIENT,
+            "background_bands": mnc.BACKGROUND_IOU_BANDS,
+            "background_fractions": mnc.BACKGROUND_FRACTIONS,
+            "mask_target_threshold": mnc.MASK_TARGET_THRESHOLD,
+            "mask_threshold": mnc.MASK_THRESHOLD,
+            "mask_iou_threshold": mnc.MASK_IOU_THRESHOLD,
+            "mask_loss_weight": mnc.MASK_LOSS_WEIGHT,
+            "next_box_background": mnc.NEXT_BOX_BACKGROUND,
+            "voting_iou_threshold": mnc.VOTING_IOU_THRESHOLD,
+            "mask_on": cfg.MODEL.MASK_ON,
+        }
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, torch.Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
+        """
+        Args:
+            images: unused.
+            features: the backbone's feature maps by name.
+            proposals: one per image, with ``proposal_boxes``.
+            targets: one per image, in training, with ``gt_boxes``, ``gt_classes``, ``gt_masks`` and, optionally,
+                ``gt_has_mask`` (bool; all true if absent).
+
+        Returns:
+            In training: the labelled proposals of the first pass, and the losses named by stage.
+            In inference: the detections (see :meth:`inference`), and no losses.
+        """
+        del images
+        maps = [features[name] for name in self.in_features]
+        boxes = [x.proposal_boxes for x in proposals]
+        if not self.training:
+            return self.inference(maps, boxes, [x.image_size for x in proposals]), {}
+        if targets is None:
+            raise ValueError("MNCROIHeads needs targets in training")
+
+        first_proposals, losses, metrics = None, {}, {}
+        for index in range(self.num_passes_train):
+            if index == 0:
+                if self.proposal_append_gt:
+                    boxes = _append_boxes(boxes, targets)
+                labelled = first_proposals = self.label_proposals(boxes, targets, sample=True)
+            else:
+                labelled = self.label_proposals(_append_boxes(boxes, targets), targets, sample=False)
+            output, pass_losses, pass_metrics = self._train_pass(maps, labelled, targets)
+            stage = 2 * (index + 1)
+            losses.update({f"{name}_s{stage + ('mask' not in name)}": loss for name, loss in pass_losses.items()})
+            metrics.update({f"s{stage + ('mask' not in name)}/{name}": value for name, value in pass_metrics.items()})
+            if index + 1 < self.num_passes_train:
+                boxes = self._next_boxes(output, [x.image_size for x in targets])
+        _log_metrics(metrics)
+        return first_proposals, losses
+
+    def label_proposals(self, boxes: list[Boxes], targets: list[Instances], sample: bool) -> list[Instances]:
+        """Match boxes to ground truth. Labels are constants; the boxes keep their gradient.
+
+        Args:
+            boxes: one per image, in image pixels.
+            targets: as in :meth:`forward`.
+            sample: whether to draw ``batch_size_per_image`` of the boxes; else all stay, but those labelled ignore.
+
+        Returns:
+            one Instances per image with ``proposal_boxes``, ``gt_classes`` (background: ``num_classes``), ``gt_boxes``
+            and ``gt_index`` (of the matched instance; both mean nothing for background).
+        """
+        labelled = []
+        for boxes_of_image, target in zip(boxes, targets):
+            with torch.no_grad():
+                ious = pairwise_iou(target.gt_boxes, boxes_of_image)
+                matched, labels = self.proposal_matcher(ious)
+                if len(target):
+                    classes = target.gt_classes[matched].masked_fill(labels == 0, self.num_classes)
+                    classes = classes.masked_fill(labels == -1, -1)
+                    best_iou = ious.max(dim=0).values
+                else:
+                    classes = torch.full_like(matched, self.num_classes)
+                    best_iou = torch.zeros_like(matched, dtype=torch.float32)
+                if sample:
+                    keep = sample_rois(
+                        classes,
+                        best_iou,
+                        self.num_classes,
+                        self.batch_size_per_image,
+                        self.positive_fraction,
+                        self.background_bands,
+                        self.background_fractions,
+                    )
+                else:
+                    keep = (classes >= 0).nonzero().squeeze(1)
+            result = Instances(target.image_size)
+            result.proposal_boxes = boxes_of_image[keep]
+            result.gt_classes = classes[keep]
+            result.gt_index = matched[keep]
+            # Without ground truth, all is background and any box will do.
+            has_gt = len(target) > 0
+            result.gt_boxes = target.gt_boxes[matched[keep]] if has_gt else Boxes(result.proposal_boxes.tensor.detach())
+            labelled.append(result)
+        return labelled
+
+    def _train_pass(
+        self, maps: list[torch.Tensor], proposals: list[Instances], targets: list[Instances]
+    ) -> tuple[_PassOutput, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Run one pass on labelled proposals; return its output, its losses and its accuracies."""
+        boxes = [x.proposal_boxes for x in proposals]
+        classes = torch.cat([x.gt_classes for x in proposals])
+        foreground = classes < self.num_classes
+        pooled = self.pooler(maps, boxes)
+
+        logits = self.mask_head(pooled)
+        masks = logits.sigmoid()
+        coverage, areas, has_mask = _mask_targets(proposals, targets, logits.shape[-1])
+        valid = foreground & has_mask
+        losses = {"loss_mask": self.mask_loss_weight * mask_loss(logits, coverage, valid, self.mask_target_threshold)}
+
+        mask_ious = instance_mask_iou(
+            masks >= self.mask_threshold, coverage, torch.cat([x.tensor for x in boxes]).detach(), areas
+        )
+        # Without a mask to compare to, the mask-level label is the box-level one (mixed supervision).
+        mask_foreground = foreground & ((mask_ious >= self.mask_iou_threshold) | ~has_mask)
+        mask_classes = classes.masked_fill(~mask_foreground, self.num_classes)
+        for proposal, labels in zip(proposals, mask_classes.split([len(x) for x in proposals])):
+            proposal.gt_mask_classes = labels
+
+        if self.mask_gradient == "none":
+            masks = masks.detach()
+        elif self.mask_gradient == "foreground":
+            masks = pass_gradient(masks, mask_foreground[:, None, None])
+        predictions = self._classify(pooled, masks)
+        losses.update(self.predictor.losses(predictions, proposals))
+        metrics = {
+            "mask_iou": _mean(mask_ious, valid),
+            "cls_accuracy": _mean(predictions[0].argmax(dim=1) == classes),
+            "fg_cls_accuracy": _mean(predictions[0].argmax(dim=1) == classes, foreground),
+            "seg_cls_accuracy": _mean(predictions[1].argmax(dim=1) == mask_classes),
+            "num_fg": foreground.sum() / len(proposals),
+            "num_seg_fg": mask_foreground.sum() / len(proposals),
+        }
+        return _PassOutput(boxes, masks, *predictions), losses, metrics
+
+    def _classify(self, pooled: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Stage 3: classify features (R, C, S, S) under masks (R, m, m); returns what the predictor does."""
+        stride = self.pooler.output_size // self.classifier_resolution
+        if masks.shape[-1] != pooled.shape[-1]:
+            masks = F.interpolate(masks[:, None], size=pooled.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        masked = pooled * masks[:, None].to(pooled.dtype)
+        mask_path = self.mask_path_head(F.max_pool2d(masked, stride))
+        box_path = self.box_path_head(F.max_pool2d(pooled, stride))
+        return self.predictor(torch.cat((mask_path.flatten(1), box_path.flatten(1)), dim=1))
+
+    def _next_boxes(self, output: _PassOutput, image_sizes: list[tuple[int, int]]) -> list[Boxes]:
+        """Regress the boxes of the next pass with the deltas of each box's best class, and clip them to the image."""
+        allow_background = self.next_box_background and not self.training
+        scores = output.mask_scores if allow_background else output.mask_scores[:, : self.num_classes]
+        tensor = torch.cat([x.tensor for x in output.boxes])
+        regressed = self.predictor.regress_boxes(
+            tensor, output.deltas, scores.detach().argmax(dim=1), self.delta_gradient_clip
+        )
+        if not self.box_gradient:
+            regressed = regressed.detach()
+        next_boxes = []
+        for boxes, size in zip(regressed.split([len(x) for x in output.boxes]), image_sizes):
+            if not self.border_gradient:
+                boxes = pass_gradient(boxes, Boxes(boxes.detach()).inside_box(size)[:, None])
+            boxes = Boxes(boxes)
+            boxes.clip(size)
+            next_boxes.append(boxes)
+        return next_boxes
+
+    def inference(
+        self, maps: list[torch.Tensor], boxes: list[Boxes], image_sizes: list[tuple[int, int]]
+    ) -> list[Instances]:
+        """Run the cascade and reduce the candidates of all passes to detections.
+
+        Args:
+            maps: feature maps to pool from.
+            boxes: proposals, one per image, in image pixels.
+            image_sizes: (height, width) of each image.
+
+        Returns:
+            one Instances per image with ``pred_boxes``, ``scores``, ``pred_classes`` and, if ``mask_on``,
+            ``pred_masks`` (D, 1, m, m), float32, in the frame of the box: the results of mask voting. Without masks,
+            they are the class-specific boxes with box-level scores after NMS (MNC_box).
+        """
+        outputs = []
+        for index in range(self.num_passes_test):
+            if index > 0:
+                boxes = self._next_boxes(outputs[-1], image_sizes)
+            pooled = self.pooler(maps, boxes)
+            masks = self.mask_head(pooled).sigmoid()
+            outputs.append(_PassOutput(boxes, masks, *self._classify(pooled, masks)))
+        return (
+            self._detect_instances(outputs, image_sizes) if self.mask_on else self._detect_boxes(outputs, image_sizes)
+        )
+
+    def _detect_instances(self, outputs: list[_PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
+        boxes = _gather([torch.cat([x.tensor for x in o.boxes]) for o in outputs], outputs)
+        masks = _gather([o.masks for o in outputs], outputs)
+        scores = _gather([o.mask_scores.softmax(dim=1)[:, : self.num_classes] for o in outputs], outputs)
+        return [
+            vote_masks(
+                *candidates,
+                image_size,
+                score_threshold=self.predictor.test_score_thresh,
+                nms_threshold=self.predictor.test_nms_thresh,
+                voting_iou_threshold=self.voting_iou_threshold,
+                mask_threshold=self.mask_threshold,
+                max_detections=self.predictor.test_topk_per_image,
+            )
+            for *candidates, image_size in zip(boxes, scores, masks, image_sizes)
+        ]
+
+    def _detect_boxes(self, outputs: list[_PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
+        boxes = [self.predictor.predict_class_boxes(torch.cat([x.tensor for x in o.boxes]), o.deltas) for o in outputs]
+        detections, _ = fast_rcnn_inference(
+            _gather(boxes, outputs),
+            _gather([o.scores.softmax(dim=1) for o in outputs], outputs),
+            image_sizes,
+            self.predictor.test_score_thresh,
+            self.predictor.test_nms_thresh,
+            self.predictor.test_topk_per_image,
+        )
+        return detections
+
+    def forward_with_given_boxes(
+        self, features: dict[str, torch.Tensor], instances: list[Instances]
+    ) -> list[Instances]:
+        """Predict masks in known boxes, as Detectron2's test-time augmentation asks for.
+
+        Args:
+            features: the backbone's feature maps by name.
+            instances: one per image, with ``pred_boxes`` and ``pred_classes``.
+
+        Returns:
+            the same objects with ``pred_masks`` (D, 1, m, m), float32, if ``mask_on``.
+        """
+        if not self.mask_on:
+            return instances
+        pooled = self.pooler([features[name] for name in self.in_features], [x.pred_boxes for x in instances])
+        masks = self.mask_head(pooled).sigmoid()
+        for instance, masks_of_image in zip(instances, masks.split([len(x) for x in instances])):
+            instance.pred_masks = masks_of_image[:, None]
+        return instances
+
+
+def _append_boxes(boxes: list[Boxes], targets: list[Instances]) -> list[Boxes]:
+    """Append the ground-truth boxes of each image to its boxes."""
+    return [Boxes.cat([x, target.gt_boxes]) for x, target in zip(boxes, targets)]
+
+
+def _gather(tensors: list[torch.Tensor], outputs: list[_PassOutput]) -> list[torch.Tensor]:
+    """Regroup one tensor per pass, (R, ...) over all images, into one per image over all passes."""
+    per_pass = [tensor.split([len(x) for x in output.boxes]) for tensor, output in zip(tensors, outputs)]
+    return [torch.cat(per_image) for per_image in zip(*per_pass)]
+
+
+def _mask_targets(
+    proposals: list[Instances], targets: list[Instances], size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Look up the mask of the instance that each RoI is matched to.
+
+    Returns:
+        coverage (R, m, m) as returned by :func:`crop_masks`; area of the whole instance (R,) in image pixels;
+        whether it has a mask (R,), bool.
+    """
+    coverage, areas, has_mask = [], [], []
+    for proposal, target in zip(proposals, targets):
+        index, boxes = proposal.gt_index, proposal.proposal_boxes.tensor.detach()
+        if len(target) == 0:
+            coverage.append(boxes.new_zeros(len(boxes), size, size))
+            areas.append(boxes.new_zeros(len(boxes)))
+            has_mask.append(torch.zeros_like(index, dtype=torch.bool))
+            continue
+        masks = target.gt_masks
+        if not isinstance(masks, BitMasks):
+            masks = BitMasks.from_polygon_masks(masks, *target.image_size).to(boxes.device)
+        present = target.gt_has_mask if target.has("gt_has_mask") else torch.ones_like(target.gt_classes).bool()
+        coverage.append(crop_masks(masks.tensor, index, boxes, size))
+        areas.append(masks.tensor.sum(dim=(1, 2)).to(boxes)[index])
+        has_mask.append(present[index])
+    return torch.cat(coverage), torch.cat(areas), torch.cat(has_mask)
+
+
+def _mean(values: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of the values (R,) where the mask (R,) is true; NaN if it is nowhere."""
+    values = values.detach().float()
+    return values.mean() if where is None else (values * where).sum() / where.sum()
+
+
+def _log_metrics(metrics: dict[str, torch.Tensor]) -> None:
+    """Write scalars to Detectron2's event storage, with one transfer from the device; undefined ones are left out."""
+    storage = get_event_storage()
+    for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):
+        if value == value:
+            storage.put_scalar(name, value)

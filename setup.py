@@ -1,0 +1,32 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# The wheel carries configs/ inside the model zoo, one package per folder, where get_config_file looks for them.
+CONFIG_FOLDERS = sorted({path.parent.relative_to(ROOT) for path in ROOT.glob("configs/**/*.yaml")})
+CONFIG_PACKAGES = {f"mnc_d2.model_zoo.{'.'.join(folder.parts)}": str(folder) for folder in CONFIG_FOLDERS}
+
+setup(
+    name="mnc_d2",
+    version="0.1.0",
+    description="Multi-task Network Cascades for instance segmentation, as a Detectron2 extension",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["mnc_d2", "mnc_d2.*"]) + list(CONFIG_PACKAGES),
+    package_dir=CONFIG_PACKAGES,
+    package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES},
+    python_requires=">=3.9",
+    # Detectron2 itself is not on the package index under its own name: see "Which Detectron2" in the README.
+    install_requires=[
+        "torch>=2.0",
+        "torchvision>=0.15",
+        "fvcore>=0.1.5.post20220512",
+        "numpy>=1.22",
+        "pillow>=9",
+        "pycocotools>=2.0.6",
+        "tabulate",
+    ],
+    extras_require={"dev": ["pytest", "ruff"]},
+)

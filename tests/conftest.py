@@ -1,0 +1,108 @@
+"""What tests of more than one folder share."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from mnc_d2.model_zoo import get_config
+
+# The tensors of the tests are small: threads save little, and on a busy machine they cost many times more.
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ("disc", "square")
+COLOURS = ((230, 60, 40), (50, 90, 220))
+
+
+@pytest.fixture
+def clean_catalogs():
+    """Forget the datasets that a test registers."""
+    before = set(DatasetCatalog), set(MetadataCatalog)
+    yield
+    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before):
+        for name in set(catalog) - names:
+            catalog.remove(name)
+
+
+@pytest.fixture
+def small_config():
+    """A function that returns a quickstart config shrunk to what tests can afford, not frozen."""
+
+    def make(name="quickstart/mnc_R_18_FPN.yaml", **overrides):
+        cfg = get_config(name)
+        cfg.merge_from_list(
+            [
+                *("MODEL.DEVICE", "cpu"),
+                *("MODEL.FPN.OUT_CHANNELS", 16),
+                *("MODEL.ROI_BOX_HEAD.FC_DIM", 32),
+                *("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES)),
+                *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16),
+                *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),
+                *("MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+                *("INPUT.MIN_SIZE_TEST", 64),
+                *("TEST.AUG.MIN_SIZES", (64, 96)),
+                *("VIS_PERIOD", 0),
+                *(item for pair in overrides.items() for item in pair),
+            ]
+        )
+        return cfg
+
+    return make
+
+
+def draw_instances(size, instances):
+    """Draw discs and squares; return the image, uint8 (size, size, 3), and the masks, bool (G, size, size).
+
+    Args:
+        size: side of the image in pixels.
+        instances: rows of class, centre x, centre y, radius.
+    """
+    y, x = np.mgrid[:size, :size] + 0.5
+    image = np.full((size, size, 3), 128, dtype=np.uint8)
+    masks = []
+    for cls, cx, cy, radius in instances:
+        distance = np.hypot(x - cx, y - cy) if cls == 0 else np.maximum(abs(x - cx), abs(y - cy))
+        masks.append(distance <= radius)
+        image[masks[-1]] = COLOURS[cls]
+    return image, np.array(masks)
+
+
+# Two images of 96 x 96 with instances of both classes that do not overlap: (class, centre x, centre y, radius).
+SCENES = [
+    [(0, 24.0, 26.0, 16.0), (1, 68.0, 30.0, 18.0), (0, 62.0, 74.0, 14.0)],
+    [(1, 26.0, 66.0, 15.0), (0, 66.0, 60.0, 20.0), (1, 64.0, 18.0, 12.0), (0, 22.0, 22.0, 12.0)],
+]
+
+
+@pytest.fixture(scope="session")
+def coco_dataset(tmp_path_factory):
+    """Two drawn images in COCO format: (path of the annotations, folder of the images)."""
+    root = tmp_path_factory.mktemp("drawn")
+    images, annotations = [], []
+    for i, scene in enumerate(SCENES, start=1):
+        image, masks = draw_instances(96, scene)
+        Image.fromarray(image).save(root / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": 96, "width": 96})
+        for (cls, *_), mask in zip(scene, masks):
+            rle = mask_util.encode(np.asfortranarray(mask, dtype=np.uint8))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": cls + 1,
+                    "bbox": mask_util.toBbox(rle).tolist(),
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                }
+            )
+    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
+    path = root / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path, root

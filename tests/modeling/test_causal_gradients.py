@@ -1,0 +1,178 @@
+"""Which earlier stages the losses of the cascade reach, and the switches that stop them."""
+
+import pytest
+import torch
+from torch import nn
+
+GT = [[8.0, 8.0, 24.0, 24.0], [32.0, 28.0, 56.0, 44.0]]
+# Foreground and background, well inside the image of 64 x 64.
+BOXES = [
+    [9.3, 8.2, 25.1, 23.3],
+    [7.2, 7.1, 23.4, 26.2],
+    [33.1, 27.3, 55.2, 43.1],
+    [30.7, 30.2, 50.1, 44.9],
+    [20.3, 40.2, 40.1, 60.7],
+    [40.2, 5.3, 60.4, 20.2],
+]
+
+
+class LeafMasks(nn.Module):
+    """A mask head whose logits are leaves: the gradient of each call is kept."""
+
+    def __init__(self, value=1.0):
+        super().__init__()
+        self.value = value
+        self.logits = []
+
+    def forward(self, features):
+        logits = torch.full((len(features), 4, 4), self.value)
+        logits[::2] *= -1  # every second mask is empty, so that it is background at mask level
+        self.logits.append(logits.requires_grad_())
+        return self.logits[-1]
+
+
+def run(heads, make_map, make_proposals, make_target, boxes=BOXES):
+    """Train on one image; return the losses, the leaf of the proposals, and the labelled proposals."""
+    leaf = torch.tensor(boxes).requires_grad_()
+    torch.manual_seed(0)
+    (labelled,), losses = heads(None, make_map(), [make_proposals(leaf)], [make_target(GT, [1, 0])])
+    return losses, leaf, labelled
+
+
+def gradient(loss, tensor):
+    """Gradient of a loss, zero where it does not depend on the tensor."""
+    (result,) = torch.autograd.grad(loss, tensor, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(tensor) if result is None else result
+
+
+# ---- boxes
+
+
+@pytest.mark.parametrize("name", ["loss_mask_s2", "loss_cls_s3", "loss_seg_cls_s3", "loss_mask_s4", "loss_cls_s5"])
+def test_every_loss_reaches_the_proposals(make_roi_heads, make_map, make_proposals, make_target, name):
+    losses, leaf, _ = run(make_roi_heads(border_gradient=True), make_map, make_proposals, make_target)
+    assert gradient(losses[name], leaf).abs().sum() > 0
+
+
+def test_mask_loss_reaches_the_boxes_of_foreground_only(make_roi_heads, make_map, make_proposals, make_target):
+    losses, leaf, _ = run(make_roi_heads(), make_map, make_proposals, make_target)
+    reached = (gradient(losses["loss_mask_s2"], leaf) != 0).any(dim=1)
+    assert reached.tolist() == [True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("switch", [True, False])
+@pytest.mark.parametrize("name", ["loss_mask_s4", "loss_cls_s5", "loss_seg_cls_s5", "loss_box_reg_s5"])
+def test_second_pass_reaches_the_proposals_through_its_boxes_if_switched_on(
+    make_roi_heads, make_map, make_proposals, make_target, name, switch
+):
+    losses, leaf, _ = run(make_roi_heads(box_gradient=switch), make_map, make_proposals, make_target)
+    assert bool(gradient(losses[name], leaf).abs().sum() > 0) == switch
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_mask_loss_of_the_second_pass_reaches_the_box_deltas_of_the_first_if_switched_on(
+    make_roi_heads, make_map, make_proposals, make_target, switch
+):
+    heads = make_roi_heads(box_gradient=switch)
+    losses, _, _ = run(heads, make_map, make_proposals, make_target)
+    assert bool(gradient(losses["loss_mask_s4"], heads.predictor.bbox_pred.weight).abs().sum() > 0) == switch
+
+
+def capture_deltas(heads):
+    """Return a list that will hold the predicted deltas of each pass."""
+    deltas = []
+    heads.predictor.register_forward_hook(lambda module, args, output: deltas.append(output[2]))
+    return deltas
+
+
+@pytest.mark.parametrize("limit", [1 / 512, 1e-3])
+def test_each_element_of_the_delta_gradient_is_clipped(make_roi_heads, make_map, make_proposals, make_target, limit):
+    gradients = []
+    for clip in (0, limit):
+        heads = make_roi_heads(delta_gradient_clip=clip)
+        deltas = capture_deltas(heads)
+        losses, _, _ = run(heads, make_map, make_proposals, make_target)
+        gradients.append(gradient(1e3 * losses["loss_mask_s4"], deltas[0]))
+    free, clipped = gradients
+    assert free.abs().max() > limit
+    assert torch.equal(clipped, free.clamp(-limit, limit))
+
+
+def test_box_regression_loss_is_not_clipped(make_roi_heads, make_map, make_proposals, make_target):
+    heads = make_roi_heads(delta_gradient_clip=1e-9)
+    deltas = capture_deltas(heads)
+    losses, _, _ = run(heads, make_map, make_proposals, make_target)
+    assert gradient(losses["loss_box_reg_s3"], deltas[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("border_gradient", [True, False])
+@pytest.mark.parametrize(
+    "shift", [(-30.0, 0.0), (0.0, -30.0), (30.0, 0.0), (0.0, 30.0)], ids=["left", "top", "right", "bottom"]
+)
+def test_boxes_that_regression_pushes_over_the_border_pass_gradients_only_if_switched_on(
+    make_roi_heads, make_map, make_proposals, make_target, border_gradient, shift
+):
+    heads = make_roi_heads(border_gradient=border_gradient, proposal_append_gt=False)
+    nn.init.zeros_(heads.predictor.bbox_pred.weight)
+    nn.init.zeros_(heads.predictor.bbox_pred.bias)
+    box = [[20.3, 21.2, 44.1, 45.2]]
+    # Shifts of the box by that many pixels, for the weights 10 of the box transform; all classes alike.
+    with torch.no_grad():
+        heads.predictor.bbox_pred.bias.view(-1, 4)[:, :2] = torch.tensor(shift) / 24 * 10
+    losses, leaf, _ = run(heads, make_map, make_proposals, make_target, box)
+    reached = gradient(losses["loss_cls_s5"], leaf).abs().sum() > 0
+    assert bool(reached) == border_gradient
+
+
+def test_boxes_inside_pass_gradients_without_border_gradient(make_roi_heads, make_map, make_proposals, make_target):
+    heads = make_roi_heads(border_gradient=False, proposal_append_gt=False)
+    nn.init.zeros_(heads.predictor.bbox_pred.weight)
+    losses, leaf, _ = run(heads, make_map, make_proposals, make_target, [[20.3, 21.2, 44.1, 45.2]])
+    assert gradient(losses["loss_cls_s5"], leaf).abs().sum() > 0
+
+
+# ---- masks
+
+
+def classification_gradients(heads, make_map, make_proposals, make_target):
+    """Which RoIs' mask logits of the first pass the classifier reaches, and which RoIs are mask-level foreground."""
+    losses, _, labelled = run(heads, make_map, make_proposals, make_target)
+    logits = heads.mask_head.logits[0]
+    reached = gradient(losses["loss_cls_s3"] + losses["loss_seg_cls_s3"], logits).abs().sum(dim=(1, 2)) > 0
+    return reached, labelled.gt_mask_classes < heads.num_classes
+
+
+def test_mask_gradient_none_keeps_the_classifier_from_every_mask(make_roi_heads, make_map, make_proposals, make_target):
+    heads = make_roi_heads(mask_gradient="none", mask_head=LeafMasks())
+    reached, _ = classification_gradients(heads, make_map, make_proposals, make_target)
+    assert not reached.any()
+
+
+def test_mask_gradient_foreground_reaches_the_masks_of_mask_level_foreground(
+    make_roi_heads, make_map, make_proposals, make_target
+):
+    heads = make_roi_heads(mask_gradient="foreground", mask_head=LeafMasks())
+    reached, foreground = classification_gradients(heads, make_map, make_proposals, make_target)
+    assert torch.equal(reached, foreground)
+    assert 0 < foreground.sum() < len(foreground)
+
+
+def test_mask_gradient_all_reaches_every_mask(make_roi_heads, make_map, make_proposals, make_target):
+    heads = make_roi_heads(mask_gradient="all", mask_head=LeafMasks())
+    reached, _ = classification_gradients(heads, make_map, make_proposals, make_target)
+    assert reached.all()
+
+
+@pytest.mark.parametrize("mask_gradient", ["none", "foreground", "all"])
+def test_mask_gradient_does_not_change_values(make_roi_heads, make_map, make_proposals, make_target, mask_gradient):
+    expected, _, _ = run(make_roi_heads(), make_map, make_proposals, make_target)
+    losses, _, _ = run(make_roi_heads(mask_gradient=mask_gradient), make_map, make_proposals, make_target)
+    assert losses == expected
+
+
+@pytest.mark.parametrize("mask_gradient", ["none", "foreground", "all"])
+def test_mask_loss_always_reaches_its_masks(make_roi_heads, make_map, make_proposals, make_target, mask_gradient):
+    heads = make_roi_heads(mask_gradient=mask_gradient, mask_head=LeafMasks())
+    losses, _, labelled = run(heads, make_map, make_proposals, make_target)
+    reached = gradient(losses["loss_mask_s2"], heads.mask_head.logits[0]).abs().sum(dim=(1, 2)) > 0
+    assert torch.equal(reached, labelled.gt_classes < heads.num_classes)

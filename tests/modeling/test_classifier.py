@@ -1,0 +1,166 @@
+"""Outputs of the masked-feature classifier: losses, and the boxes of the next pass."""
+
+import math
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
+
+from mnc_d2.modeling import MNCOutputLayers
+
+CLASSES = 3
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def make_layers(**kwargs):
+    torch.manual_seed(0)
+    arguments = {"num_classes": CLASSES, "smooth_l1_beta": 1.0, **kwargs}
+    return MNCOutputLayers(ShapeSpec(channels=6), box2box_transform=Box2BoxTransform(WEIGHTS), **arguments)
+
+
+def make_proposals(boxes, gt_boxes, classes, mask_classes):
+    proposals = Instances((64, 64))
+    proposals.proposal_boxes = Boxes(boxes)
+    proposals.gt_boxes = Boxes(gt_boxes)
+    proposals.gt_classes = torch.tensor(classes, dtype=torch.long)
+    proposals.gt_mask_classes = torch.tensor(mask_classes, dtype=torch.long)
+    return proposals
+
+
+BOXES = torch.tensor([[10.0, 10.0, 30.0, 26.0], [5.0, 8.0, 45.0, 60.0], [0.0, 0.0, 16.0, 16.0], [2.0, 2.0, 9.0, 9.0]])
+GT_BOXES = torch.tensor([[12.0, 9.0, 31.0, 30.0], [5.0, 8.0, 45.0, 60.0], [1.0, 1.0, 17.0, 15.0], [0.0, 0.0, 0.0, 0.0]])
+GT_CLASSES, GT_MASK_CLASSES = [0, 2, 1, CLASSES], [0, CLASSES, 1, CLASSES]
+
+
+def make_predictions():
+    generator = torch.Generator().manual_seed(0)
+    sizes = (CLASSES + 1, CLASSES + 1, 4 * (CLASSES + 1))
+    return tuple(torch.randn(len(BOXES), size, generator=generator).requires_grad_() for size in sizes)
+
+
+def both_images(boxes=BOXES):
+    """The four RoIs as those of two images."""
+    parts = [slice(0, 1), slice(1, 4)]
+    return [make_proposals(boxes[p], GT_BOXES[p], GT_CLASSES[p], GT_MASK_CLASSES[p]) for p in parts]
+
+
+def slow_cross_entropy(logits, labels):
+    terms = [
+        math.log(sum(math.exp(v) for v in row)) - row[label] for row, label in zip(logits.detach().tolist(), labels)
+    ]
+    return sum(terms) / len(terms)
+
+
+def slow_box_loss(deltas):
+    """Smooth L1, beta 1, over the deltas of the labelled class of foreground RoIs, divided by all RoIs."""
+    total = 0.0
+    for box, gt, label, row in zip(BOXES.tolist(), GT_BOXES.tolist(), GT_CLASSES, deltas.detach().tolist()):
+        if label == CLASSES:
+            continue
+        w, h, gw, gh = box[2] - box[0], box[3] - box[1], gt[2] - gt[0], gt[3] - gt[1]
+        target = [
+            WEIGHTS[0] * ((gt[0] + gt[2]) / 2 - (box[0] + box[2]) / 2) / w,
+            WEIGHTS[1] * ((gt[1] + gt[3]) / 2 - (box[1] + box[3]) / 2) / h,
+            WEIGHTS[2] * math.log(gw / w),
+            WEIGHTS[3] * math.log(gh / h),
+        ]
+        for predicted, wanted in zip(row[4 * label : 4 * label + 4], target):
+            d = abs(predicted - wanted)
+            total += 0.5 * d * d if d < 1 else d - 0.5
+    return total / len(BOXES)
+
+
+def test_losses_follow_the_slow_reference():
+    predictions = make_predictions()
+    losses = make_layers().losses(predictions, both_images())
+    # float32 logarithms and sums of some tens of terms.
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        {
+            "loss_cls": slow_cross_entropy(predictions[0], GT_CLASSES),
+            "loss_seg_cls": slow_cross_entropy(predictions[1], GT_MASK_CLASSES),
+            "loss_box_reg": slow_box_loss(predictions[2]),
+        },
+        rel=1e-5,
+    )
+
+
+def test_losses_are_weighted_by_name():
+    predictions, weights = make_predictions(), {"loss_cls": 2.0, "loss_box_reg": 0.5}
+    plain = make_layers().losses(predictions, both_images())
+    weighted = make_layers(loss_weight=weights).losses(predictions, both_images())
+    for name, loss in plain.items():
+        assert weighted[name].item() == pytest.approx(weights.get(name, 1.0) * loss.item())
+
+
+def test_boxes_and_labels_are_constants_of_the_losses():
+    predictions, boxes = make_predictions(), BOXES.clone().requires_grad_()
+    sum(make_layers().losses(predictions, both_images(boxes)).values()).backward()
+    assert boxes.grad is None
+    assert all(x.grad.abs().sum() > 0 for x in predictions)
+
+
+def test_box_loss_reaches_only_the_deltas_of_the_labelled_class():
+    predictions = make_predictions()
+    make_layers().losses(predictions, both_images())["loss_box_reg"].backward()
+    reached = predictions[2].grad.view(len(BOXES), CLASSES + 1, 4).abs().sum(dim=2) > 0
+    expected = torch.nn.functional.one_hot(torch.tensor(GT_CLASSES), CLASSES + 1).bool()
+    expected[:, CLASSES] = False
+    assert torch.equal(reached, expected)
+
+
+def test_losses_of_no_rois_are_zero():
+    empty = make_proposals(BOXES[:0], GT_BOXES[:0], [], [])
+    predictions = tuple(x[:0] for x in make_predictions())
+    losses = make_layers().losses(predictions, [empty, empty])
+    assert {name: loss.item() for name, loss in losses.items()} == {
+        "loss_cls": 0.0,
+        "loss_seg_cls": 0.0,
+        "loss_box_reg": 0.0,
+    }
+
+
+def slow_regress(box, delta):
+    w, h = box[2] - box[0], box[3] - box[1]
+    x, y = box[0] + w / 2 + delta[0] / WEIGHTS[0] * w, box[1] + h / 2 + delta[1] / WEIGHTS[1] * h
+    w, h = w * math.exp(delta[2] / WEIGHTS[2]), h * math.exp(delta[3] / WEIGHTS[3])
+    return [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+
+
+@pytest.mark.parametrize("classes", [[0, 1, 2, 0], [CLASSES] * 4, [2, CLASSES, 0, 1]], ids=str)
+def test_boxes_are_regressed_with_the_deltas_of_their_class(classes):
+    deltas = make_predictions()[2]
+    boxes = make_layers().regress_boxes(BOXES, deltas, torch.tensor(classes))
+    expected = [
+        slow_regress(box, row[4 * c : 4 * c + 4]) for box, row, c in zip(BOXES.tolist(), deltas.tolist(), classes)
+    ]
+    # Coordinates up to 64 in float32.
+    torch.testing.assert_close(boxes.detach(), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_class_boxes_are_those_of_each_foreground_class():
+    deltas = make_predictions()[2]
+    layers = make_layers()
+    expected = [layers.regress_boxes(BOXES, deltas, torch.full((4,), c)) for c in range(CLASSES)]
+    assert torch.equal(layers.predict_class_boxes(BOXES, deltas), torch.cat(expected, dim=1))
+
+
+def test_regressed_boxes_pass_gradients_to_the_boxes_and_the_clipped_ones_to_the_deltas():
+    gradients = []
+    for clip in (0.0, 0.5):
+        boxes, deltas = BOXES.clone().requires_grad_(), make_predictions()[2]
+        regressed = make_layers().regress_boxes(boxes, deltas, torch.tensor([0, 1, 2, 0]), clip)
+        (regressed * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+        gradients.append((boxes.grad, deltas.grad))
+    (box_gradient, delta_gradient), (clipped_box_gradient, clipped_delta_gradient) = gradients
+    assert (box_gradient != 0).all() and torch.equal(box_gradient, clipped_box_gradient)
+    assert delta_gradient.abs().max() > 0.5
+    assert torch.equal(clipped_delta_gradient, delta_gradient.clamp(-0.5, 0.5))
+
+
+def test_forward_flattens_and_gives_float32():
+    layers = make_layers().bfloat16()
+    outputs = layers(torch.rand(5, 6, 1, 1).bfloat16())
+    assert [tuple(x.shape) for x in outputs] == [(5, CLASSES + 1), (5, CLASSES + 1), (5, 4 * (CLASSES + 1))]
+    assert all(x.dtype == torch.float32 for x in outputs)

@@ -1,0 +1,201 @@
+"""Mask regression: targets, loss and IoU against slow loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+
+from mnc_d2.modeling import MaskRegressionHead
+from mnc_d2.modeling.roi_heads.mask_head import crop_masks, instance_mask_iou, mask_loss
+
+H, W, M = 40, 50, 4
+
+
+def make_masks(count=3):
+    """Ellipses, the last one over the border."""
+    y, x = np.mgrid[:H, :W] + 0.5
+    centres = [(14.0, 12.0, 9.0, 7.0), (30.0, 25.0, 12.0, 10.0), (47.0, 36.0, 10.0, 9.0)][:count]
+    return np.stack([((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1 for cx, cy, rx, ry in centres])
+
+
+# Boxes whose texels are whole pixels: coverage is the mean of the pixels. (x1, y1, texel width, texel height)
+WHOLE_PIXEL_BOXES = {
+    "around the instance": (2, 1, 6, 6),
+    "a part of the instance": (12, 10, 2, 1),
+    "beside the instance": (36, 2, 3, 2),
+    "mask leaves the box": (12, 4, 3, 5),
+}
+
+
+@pytest.mark.parametrize(("x1", "y1", "w", "h"), WHOLE_PIXEL_BOXES.values(), ids=WHOLE_PIXEL_BOXES.keys())
+def test_crop_is_the_covered_part_of_each_texel(x1, y1, w, h):
+    masks = make_masks()
+    box = torch.tensor([[x1, y1, x1 + M * w, y1 + M * h]], dtype=torch.float32)
+    crop = crop_masks(torch.from_numpy(masks), torch.tensor([0]), box, M)
+    expected = np.array(
+        [
+            [masks[0, y1 + i * h : y1 + (i + 1) * h, x1 + j * w : x1 + (j + 1) * w].mean() for j in range(M)]
+            for i in range(M)
+        ]
+    )
+    # Means of at most 36 zeros and ones in float32.
+    np.testing.assert_allclose(crop[0].numpy(), expected, atol=1e-5)
+
+
+def test_crop_of_any_box_is_near_the_area_that_the_mask_covers():
+    masks = make_masks(2)
+    generator = np.random.default_rng(0)
+    start = generator.uniform(0, (W - 30, H - 28), (20, 2))
+    boxes = np.concatenate((start, start + generator.uniform(6, 28, (20, 2))), axis=1)
+    indices = generator.integers(0, 2, 20)
+    crops = crop_masks(torch.from_numpy(masks), torch.from_numpy(indices), torch.from_numpy(boxes).float(), M)
+    # Exact areas of pixels as unit squares, texel by texel.
+    for box, index, crop in zip(boxes, indices, crops.numpy()):
+        rows = overlap(box[1], box[3], H)
+        columns = overlap(box[0], box[2], W)
+        expected = rows @ masks[index] @ columns.T / (rows.sum(axis=1)[:, None] * columns.sum(axis=1)[None])
+        # The samples are interpolated bilinearly: the mask's edge is blurred by up to half a pixel either way.
+        texel_width, texel_height = (box[2] - box[0]) / M, (box[3] - box[1]) / M
+        assert np.abs(crop - expected).max() <= min(1.0, 0.5 / texel_width + 0.5 / texel_height)
+        assert abs(crop.mean() - expected.mean()) <= 0.03
+
+
+def overlap(start, end, size):
+    """Length of the overlap of each of the M bins of [start, end) with each pixel [i, i + 1): (M, size)."""
+    edges = np.linspace(start, end, M + 1)
+    pixels = np.arange(size)
+    return np.clip(np.minimum(edges[1:, None], pixels[None] + 1) - np.maximum(edges[:-1, None], pixels[None]), 0, None)
+
+
+def test_crop_is_zero_outside_the_image():
+    masks = torch.ones(1, H, W, dtype=torch.bool)
+    # The left half of the box, two of four texels, lies outside; at less than a pixel RoIAlign repeats the border.
+    crop = crop_masks(masks, torch.tensor([0]), torch.tensor([[-18.0, 8.0, 14.0, 24.0]]), M)
+    assert torch.equal(crop[0, :, [0, 3]], torch.tensor([[0.0, 1.0]] * M))
+
+
+def test_crop_takes_the_mask_of_each_index():
+    masks = torch.zeros(3, H, W, dtype=torch.bool)
+    masks[1] = True
+    crop = crop_masks(masks, torch.tensor([2, 1, 0, 1]), torch.tensor([[4.0, 4.0, 20.0, 20.0]] * 4), M)
+    assert crop.mean(dim=(1, 2)).tolist() == [0.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("num_masks", "num_boxes"), [(0, 2), (2, 0), (0, 0)])
+def test_crop_without_masks_or_boxes(num_masks, num_boxes):
+    masks = torch.ones(num_masks, H, W, dtype=torch.bool)
+    boxes = torch.tensor([[4.0, 4.0, 20.0, 20.0]] * num_boxes).view(-1, 4)
+    crop = crop_masks(masks, torch.zeros(num_boxes, dtype=torch.long), boxes, M)
+    assert torch.equal(crop, torch.zeros(num_boxes, M, M))
+
+
+# ---- loss
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.5])
+def test_loss_is_the_mean_binary_cross_entropy_over_texels_of_valid_rois(threshold):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, M, M, generator=generator)
+    coverage = torch.rand(5, M, M, generator=generator)
+    coverage[0, 0, 0] = threshold  # is foreground
+    valid = [True, False, True, True, False]
+    terms = []
+    for r in range(5):
+        for i in range(M):
+            for j in range(M):
+                p = 1 / (1 + math.exp(-logits[r, i, j].item()))
+                if valid[r]:
+                    terms.append(-math.log(p if coverage[r, i, j] >= threshold else 1 - p))
+    loss = mask_loss(logits, coverage, torch.tensor(valid), threshold)
+    assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_loss_without_a_valid_roi_is_zero_and_has_a_gradient(count):
+    logits = torch.randn(count, M, M, requires_grad=True)
+    loss = mask_loss(logits, torch.rand(count, M, M), torch.zeros(count, dtype=torch.bool), 0.5)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros(count, M, M))
+
+
+def test_loss_gives_no_gradient_to_rois_that_are_not_valid():
+    logits = torch.randn(3, M, M, requires_grad=True)
+    mask_loss(logits, torch.rand(3, M, M), torch.tensor([True, False, True]), 0.5).backward()
+    assert [(row != 0).all().item() for row in logits.grad] == [True, False, True]
+
+
+# ---- IoU
+
+
+@pytest.mark.parametrize(("x1", "y1", "w", "h"), WHOLE_PIXEL_BOXES.values(), ids=WHOLE_PIXEL_BOXES.keys())
+@pytest.mark.parametrize("index", [0, 1])
+def test_iou_counts_pixels_of_the_whole_instance(x1, y1, w, h, index):
+    mask = make_masks()[index]
+    predicted = np.random.default_rng(0).random((M, M)) < 0.6
+    image = np.zeros((H, W), dtype=bool)
+    image[y1 : y1 + M * h, x1 : x1 + M * w] = predicted.repeat(h, axis=0).repeat(w, axis=1)
+    expected = (image & mask).sum() / (image | mask).sum()
+
+    box = torch.tensor([[x1, y1, x1 + M * w, y1 + M * h]], dtype=torch.float32)
+    coverage = crop_masks(torch.from_numpy(mask[None]), torch.tensor([0]), box, M)
+    area = torch.tensor([float(mask.sum())])
+    iou = instance_mask_iou(torch.from_numpy(predicted[None]), coverage, box, area)
+    # Areas of up to 600 pixels in float32.
+    assert iou.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_iou_of_many_rois_is_that_of_each():
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.rand(6, M, M, generator=generator) < 0.5
+    coverage = torch.rand(6, M, M, generator=generator)
+    boxes = torch.tensor([[0, 0, 8, 12], [3, 2, 40, 9], [5, 5, 6, 6], [0, 0, 50, 40], [1, 2, 3, 4], [9, 9, 29, 19]])
+    boxes, areas = boxes.float(), torch.tensor([90.0, 400.0, 3.0, 1500.0, 2.0, 200.0])
+    together = instance_mask_iou(predicted, coverage, boxes, areas)
+    alone = [
+        instance_mask_iou(predicted[i : i + 1], coverage[i : i + 1], boxes[i : i + 1], areas[i : i + 1])
+        for i in range(6)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+    assert ((together >= 0) & (together <= 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("predicted", "covered", "box", "area"),
+    [
+        (False, 0.0, [4.0, 4.0, 12.0, 12.0], 0.0),
+        (False, 1.0, [4.0, 4.0, 12.0, 12.0], 64.0),
+        (True, 0.0, [4.0, 4.0, 12.0, 12.0], 64.0),
+        (True, 1.0, [4.0, 4.0, 4.0, 12.0], 64.0),
+        (True, 1.0, [12.0, 4.0, 4.0, 12.0], 64.0),
+    ],
+    ids=["nothing at all", "nothing predicted", "disjoint", "box without width", "box of negative width"],
+)
+def test_iou_is_zero_where_nothing_overlaps(predicted, covered, box, area):
+    iou = instance_mask_iou(
+        torch.full((1, M, M), predicted), torch.full((1, M, M), covered), torch.tensor([box]), torch.tensor([area])
+    )
+    assert iou.item() == 0
+
+
+def test_iou_of_no_rois():
+    empty = torch.zeros(0, M, M)
+    assert instance_mask_iou(empty.bool(), empty, torch.zeros(0, 4), torch.zeros(0)).shape == (0,)
+
+
+# ---- head
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_head_gives_float32_logits_of_the_mask_size(count):
+    head = MaskRegressionHead(ShapeSpec(channels=2, height=6, width=6), hidden_dim=5, mask_size=9)
+    assert head(torch.rand(count, 2, 6, 6)).shape == (count, 9, 9)
+    assert head.bfloat16()(torch.rand(count, 2, 6, 6).bfloat16()).dtype == torch.float32
+
+
+def test_head_does_not_depend_on_the_memory_format_of_the_features():
+    head = MaskRegressionHead(ShapeSpec(channels=2, height=6, width=6), hidden_dim=5, mask_size=9)
+    features = torch.rand(3, 2, 6, 6)
+    assert torch.equal(head(features), head(features.contiguous(memory_format=torch.channels_last)))

@@ -1,0 +1,248 @@
+"""Mask voting against a reference that loops over classes, candidates and pixels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import nms
+
+from mnc_d2.modeling import mask_voting, vote_masks
+
+SIZE = (22, 30)  # height, width
+M, CLASSES = 5, 3
+
+
+def make_candidates(count=24, seed=0):
+    """Candidates in a few clusters, so that many vote for one another: boxes, scores, masks."""
+    generator = torch.Generator().manual_seed(seed)
+    clusters = torch.tensor([[2.0, 3.0, 13.0, 12.0], [12.0, 5.0, 28.0, 20.0], [4.0, 11.0, 11.0, 20.0]])
+    boxes = clusters[torch.arange(count) % 3] + 2.5 * torch.randn(count, 4, generator=generator)
+    boxes[:, 0::2] = boxes[:, 0::2].clamp(0, SIZE[1])
+    boxes[:, 1::2] = boxes[:, 1::2].clamp(0, SIZE[0])
+    scores = torch.rand(count, CLASSES + 1, generator=generator).mul(2).softmax(dim=1)[:, :CLASSES]
+    # Mostly high in the middle and low at the rim.
+    rim = torch.tensor([0.2, 0.6, 0.9, 0.6, 0.2])
+    masks = (rim[:, None] * rim + 0.5 * torch.rand(count, M, M, generator=generator)).clamp(max=1)
+    return boxes, scores, masks
+
+
+def slow_iou(a, b):
+    w = min(a[2], b[2]) - max(a[0], b[0])
+    h = min(a[3], b[3]) - max(a[1], b[1])
+    overlap = max(w, 0) * max(h, 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap
+    return overlap / union if union > 0 else 0.0
+
+
+def slow_bilinear(image, y, x):
+    """Value at continuous index (y, x), clamped to the border."""
+    y, x = min(max(y, 0), image.shape[0] - 1), min(max(x, 0), image.shape[1] - 1)
+    y0, x0 = int(y), int(x)
+    y1, x1 = min(y0 + 1, image.shape[0] - 1), min(x0 + 1, image.shape[1] - 1)
+    top = image[y0, x0] * (x0 + 1 - x) + image[y0, x1] * (x - x0)
+    bottom = image[y1, x0] * (x0 + 1 - x) + image[y1, x1] * (x - x0)
+    return top * (y0 + 1 - y) + bottom * (y - y0)
+
+
+def slow_render(box, mask, size):
+    """A mask in the frame of its box as an image: pixels whose centre is inside the box."""
+    image = np.zeros(size)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            y, x = row + 0.5, column + 0.5
+            if box[0] <= x < box[2] and box[1] <= y < box[3]:
+                v, u = (y - box[1]) / (box[3] - box[1]), (x - box[0]) / (box[2] - box[0])
+                image[row, column] = slow_bilinear(mask, v * len(mask) - 0.5, u * len(mask) - 0.5)
+    return image
+
+
+def slow_vote(boxes, scores, masks, size, score_threshold, nms_threshold, iou_threshold, mask_threshold, limit):
+    """Detections (score, class, box, mask, image), best first."""
+    survivors = []
+    for cls in range(scores.shape[1]):
+        candidates = [k for k in range(len(boxes)) if scores[k, cls] > score_threshold]
+        kept = nms(boxes[candidates].view(-1, 4), scores[candidates, cls], nms_threshold).tolist()
+        survivors += [(scores[candidates[i], cls].item(), cls, candidates[i]) for i in kept]
+    detections = []
+    boxes, scores, masks = boxes.double().tolist(), scores.double().tolist(), masks.double().numpy()
+    for score, cls, survivor in sorted(survivors, reverse=True)[:limit]:
+        voters = [k for k in range(len(boxes)) if slow_iou(boxes[k], boxes[survivor]) >= iou_threshold]
+        total = sum(scores[k][cls] for k in voters)
+        image = np.zeros(size)
+        for k in voters:
+            image += scores[k][cls] / total * slow_render(boxes[k], masks[k], size)
+        rows, columns = np.nonzero(image >= mask_threshold)
+        box = boxes[survivor]
+        if len(rows):
+            box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        mask = np.zeros((M, M))
+        for i in range(M):
+            for j in range(M):
+                y, x = box[1] + (i + 0.5) / M * (box[3] - box[1]), box[0] + (j + 0.5) / M * (box[2] - box[0])
+                mask[i, j] = slow_bilinear(image, y - 0.5, x - 0.5)
+        detections.append((score, cls, box, mask, len(voters)))
+    return detections
+
+
+DEFAULTS = {
+    "score_threshold": 0.05,
+    "nms_threshold": 0.3,
+    "voting_iou_threshold": 0.5,
+    "mask_threshold": 0.4,
+    "max_detections": 100,
+}
+
+
+def check_against_slow(candidates, **changes):
+    settings = {**DEFAULTS, **changes}
+    result = vote_masks(*candidates, SIZE, **settings)
+    expected = slow_vote(*candidates, SIZE, *settings.values())
+    assert len(result) == len(expected)
+    assert result.image_size == SIZE
+    assert result.pred_classes.tolist() == [cls for _, cls, *_ in expected]
+    assert result.scores.tolist() == [score for score, *_ in expected]
+    # float32 sums of some tens of terms in [0, 1]; the boxes are whole pixels or candidates, so they are exact.
+    for i, (_, _, box, mask, _) in enumerate(expected):
+        assert result.pred_boxes.tensor[i].tolist() == box
+        np.testing.assert_allclose(result.pred_masks[i, 0].numpy(), mask, atol=1e-5)
+    return expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_the_slow_reference(seed):
+    expected = check_against_slow(make_candidates(seed=seed))
+    assert len(expected) > 8 and max(voters for *_, voters in expected) > 3
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"score_threshold": 0.3},
+        {"nms_threshold": 0.6},
+        {"voting_iou_threshold": 0.8},
+        {"mask_threshold": 0.6},
+        {"mask_threshold": 0.9},
+        {"max_detections": 3},
+        {"max_detections": 0},
+    ],
+    ids=str,
+)
+def test_every_setting_is_that_of_the_slow_reference(setting):
+    check_against_slow(make_candidates(), **setting)
+
+
+def test_max_detections_keeps_the_best_of_all_classes():
+    everything, best = vote_masks(*make_candidates(), SIZE), vote_masks(*make_candidates(), SIZE, max_detections=4)
+    assert len(everything) > 4
+    assert torch.equal(best.scores, everything.scores[:4])
+    assert torch.equal(best.pred_classes, everything.pred_classes[:4])
+    assert len(best.pred_classes.unique()) > 1
+
+
+def test_strips_do_not_change_the_result(monkeypatch):
+    whole = vote_masks(*make_candidates(), SIZE)
+    monkeypatch.setattr(mask_voting, "_MAX_RENDERED_PIXELS", 3 * 24 * SIZE[1])  # three rows of 24 voters
+    strips = vote_masks(*make_candidates(), SIZE)
+    assert torch.equal(strips.pred_boxes.tensor, whole.pred_boxes.tensor)
+    torch.testing.assert_close(strips.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
+
+
+def test_a_limit_below_one_row_still_renders(monkeypatch):
+    whole = vote_masks(*make_candidates(), SIZE)
+    monkeypatch.setattr(mask_voting, "_MAX_RENDERED_PIXELS", 1)
+    torch.testing.assert_close(vote_masks(*make_candidates(), SIZE).pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
+
+
+def test_order_of_candidates_does_not_matter():
+    candidates = make_candidates()
+    order = torch.randperm(len(candidates[0]), generator=torch.Generator().manual_seed(0))
+    a, b = vote_masks(*candidates, SIZE), vote_masks(*(x[order] for x in candidates), SIZE)
+    assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_classes, b.pred_classes)
+    assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+    # The sums run in another order.
+    torch.testing.assert_close(a.pred_masks, b.pred_masks, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_nothing_above_the_score_threshold(count):
+    boxes, scores, masks = make_candidates(count)
+    result = vote_masks(boxes, scores, masks, SIZE, score_threshold=1.0)
+    assert len(result) == 0
+    assert result.pred_boxes.tensor.shape == (0, 4)
+    assert result.pred_masks.shape == (0, 1, M, M)
+    assert result.scores.shape == result.pred_classes.shape == (0,)
+
+
+def single(box, mask, score=0.9):
+    """One candidate of one class."""
+    return torch.tensor([box], dtype=torch.float32), torch.tensor([[score]]), torch.tensor(mask)[None].float()
+
+
+def test_weights_add_up_to_one():
+    # Three equal boxes with equal masks but different scores: the result is the mask itself.
+    box, mask = [4.0, 4.0, 14.0, 14.0], np.full((M, M), 0.45)
+    boxes, _, masks = (x.repeat(3, *[1] * (x.dim() - 1)) for x in single(box, mask))
+    result = vote_masks(boxes, torch.tensor([[0.1], [0.002], [0.3]]), masks, SIZE)
+    torch.testing.assert_close(result.pred_masks, torch.full((1, 1, M, M), 0.45))
+
+
+def test_voters_are_weighted_by_their_score_for_the_class_of_the_detection():
+    boxes = torch.tensor([[4.0, 4.0, 14.0, 14.0]] * 2)
+    scores = torch.tensor([[0.6, 0.1], [0.2, 0.3]])
+    masks = torch.stack((torch.ones(M, M), torch.zeros(M, M)))
+    result = vote_masks(boxes, scores, masks, SIZE)
+    assert result.pred_classes.tolist() == [0, 1]
+    means = result.pred_masks.mean(dim=(1, 2, 3))
+    torch.testing.assert_close(means, torch.tensor([0.6 / 0.8, 0.1 / 0.4]))
+
+
+def test_box_is_the_tight_box_of_the_mask():
+    mask = np.zeros((M, M))
+    mask[1:3, 2] = 1  # of 5 texels of 2 pixels each
+    result = vote_masks(*single([4.0, 6.0, 14.0, 16.0], mask), SIZE, mask_threshold=0.5)
+    # A pixel centre is a quarter or three quarters of the way between two texels: 0.75 and 0.25 beside 1, across the
+    # two directions at most 0.75 * 0.75 = 0.56 in the texels that are 1, and 0.25 around them.
+    assert result.pred_boxes.tensor.tolist() == [[8.0, 8.0, 10.0, 12.0]]
+
+
+def test_box_stays_where_no_pixel_reaches_the_threshold():
+    box = [4.25, 6.5, 14.0, 16.75]
+    result = vote_masks(*single(box, np.full((M, M), 0.3)), SIZE)
+    assert result.pred_boxes.tensor.tolist() == [box]
+    torch.testing.assert_close(result.pred_masks.max(), torch.tensor(0.3))
+
+
+def test_box_without_area_is_a_detection_with_an_empty_mask():
+    result = vote_masks(*single([4.0, 6.0, 4.0, 16.0], np.ones((M, M))), SIZE)
+    assert len(result) == 1
+    assert result.pred_masks.abs().sum() == 0 and result.pred_boxes.tensor.isfinite().all()
+
+
+def test_a_pixel_belongs_to_a_box_if_its_centre_is_inside():
+    result = vote_masks(*single([4.4, 6.6, 9.4, 12.5], np.ones((M, M))), SIZE)
+    # Centres 4.5 to 8.5 and 7.5 to 11.5; 12.5 is the open end.
+    assert result.pred_boxes.tensor.tolist() == [[4.0, 7.0, 9.0, 12.0]]
+
+
+def test_part_of_a_box_outside_the_image_is_cut_off_together_with_its_part_of_the_mask():
+    mask = np.zeros((M, M))
+    mask[:, 2:] = 1  # the left two texels, of 4 pixels each, and half the third lie outside
+    result = vote_masks(*single([-10.0, 2.0, 10.0, 20.0], mask), SIZE)
+    assert result.pred_boxes.tensor.tolist() == [[0.0, 2.0, 10.0, 20.0]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["box", "score"])
+def test_candidates_that_are_not_finite_are_left_out(what, bad):
+    boxes, scores, masks = make_candidates()
+    expected = vote_masks(boxes[1:], scores[1:], masks[1:], SIZE)
+    {"box": boxes, "score": scores}[what][0].view(-1)[0] = bad
+    result = vote_masks(boxes, scores, masks, SIZE)
+    assert torch.equal(result.scores, expected.scores)
+    assert torch.equal(result.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_half_precision_candidates_give_float32_results():
+    result = vote_masks(*(x.bfloat16() for x in make_candidates()), SIZE)
+    assert result.scores.dtype == result.pred_masks.dtype == result.pred_boxes.tensor.dtype == torch.float32

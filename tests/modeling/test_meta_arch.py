@@ -1,0 +1,210 @@
+"""The whole model, built by Detectron2 from the configs and used by its tools."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA, build_model
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from mnc_d2 import add_mnc_config
+from mnc_d2.modeling import MultitaskNetworkCascade
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+# Base configs are there to inherit from.
+CONFIG_FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if not path.name.startswith("Base"))
+SIZE = 96
+
+
+def make_inputs(count=2, size=SIZE):
+    """Random images with two rectangles each."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for _ in range(count):
+        target = Instances((size, size))
+        target.gt_boxes = Boxes(torch.tensor([[8.0, 10.0, 48.0, 60.0], [50.0, 40.0, 88.0, 90.0]]))
+        target.gt_classes = torch.tensor([0, 1])
+        masks = torch.zeros(2, size, size, dtype=torch.bool)
+        masks[0, 10:60, 8:48] = masks[1, 40:90, 50:88] = True
+        target.gt_masks = BitMasks(masks)
+        image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
+        inputs.append({"image": image, "instances": target, "height": size, "width": size})
+    return inputs
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=[str(x.relative_to(CONFIGS)) for x in CONFIG_FILES])
+def test_every_config_builds_trains_and_detects(path):
+    cfg = get_cfg()
+    add_mnc_config(cfg)
+    cfg.merge_from_file(str(path))
+    cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES == -1:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    torch.manual_seed(0)
+    model = build_model(cfg)
+
+    with EventStorage():
+        losses = model(make_inputs())
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert without == []
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+    model.eval()
+    with torch.no_grad():
+        outputs = model([{"image": make_inputs()[0]["image"], "height": 120, "width": 200}])
+    instances = outputs[0]["instances"]
+    assert instances.image_size == (120, 200)
+    assert instances.has("pred_boxes") and instances.has("scores") and instances.has("pred_classes")
+    if cfg.MODEL.MASK_ON:
+        assert instances.pred_masks.shape == (len(instances), 120, 200)
+
+
+@pytest.fixture
+def model(small_config):
+    torch.manual_seed(0)
+    return make_lively(build_model(small_config()))
+
+
+def make_lively(model):
+    """Larger output weights than at the start of training, so that images differ in what is detected."""
+    for layer in (model.roi_heads.predictor.seg_cls_score, model.roi_heads.predictor.cls_score):
+        torch.nn.init.normal_(layer.weight, std=1.0)
+    for layer in (model.roi_heads.mask_head.fc1, model.roi_heads.mask_head.fc2):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    return model.eval()
+
+
+def detect(model, *inputs):
+    with torch.no_grad():
+        return [x["instances"] for x in model(list(inputs))]
+
+
+def test_model_is_a_generalized_rcnn_that_the_config_names(model):
+    assert isinstance(model, MultitaskNetworkCascade) and isinstance(model, GeneralizedRCNN)
+
+
+def test_losses_have_the_names_of_stages_1_to_5(model):
+    losses = model.train()(make_inputs())
+    per_pass = ["loss_mask_s{}", "loss_cls_s{}", "loss_seg_cls_s{}", "loss_box_reg_s{}"]
+    names = [name.format(s + ("mask" not in name)) for s in (2, 4) for name in per_pass]
+    assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", *names}
+
+
+def test_a_batch_of_two_detects_what_each_image_alone_does(model):
+    inputs = make_inputs()
+    together = detect(model, *inputs)
+    assert len(together[0]) > 3
+    assert not torch.equal(together[0].scores[:3], together[1].scores[:3])
+    for result, single in zip(together, inputs):
+        (alone,) = detect(model, single)
+        # Convolutions of another batch size may round otherwise.
+        torch.testing.assert_close(result.scores, alone.scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(result.pred_boxes.tensor, alone.pred_boxes.tensor, rtol=0, atol=1e-2)
+        assert torch.equal(result.pred_classes, alone.pred_classes)
+        assert torch.equal(result.pred_masks, alone.pred_masks)
+
+
+def test_results_are_in_the_frame_of_the_requested_size(model):
+    (plain,) = detect(model, {"image": make_inputs()[0]["image"]})
+    (scaled,) = detect(model, {"image": make_inputs()[0]["image"], "height": 2 * SIZE, "width": 3 * SIZE})
+    assert plain.image_size == (SIZE, SIZE) and scaled.image_size == (2 * SIZE, 3 * SIZE)
+    torch.testing.assert_close(scaled.pred_boxes.tensor, plain.pred_boxes.tensor * torch.tensor([3.0, 2.0, 3.0, 2.0]))
+    assert scaled.pred_masks.shape == (len(plain), 2 * SIZE, 3 * SIZE)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+def test_masks_of_results_have_the_threshold_of_the_config(small_config, threshold):
+    torch.manual_seed(0)
+    model = make_lively(build_model(small_config(**{"MODEL.MNC.MASK_THRESHOLD": threshold})))
+    inputs = make_inputs()[:1]
+    with torch.no_grad():
+        (raw,) = model.inference(inputs, do_postprocess=False)
+    (result,) = detect(model, *inputs)
+    expected = [detector_postprocess(copy.deepcopy(raw), SIZE, SIZE, x).pred_masks for x in (threshold, 0.5)]
+    assert torch.equal(result.pred_masks, expected[0])
+    assert not torch.equal(*expected)
+
+
+@pytest.mark.parametrize("mask_on", [True, False])
+def test_default_predictor(small_config, tmp_path, mask_on):
+    cfg = small_config(**{"MODEL.WEIGHTS": str(tmp_path / "model.pth"), "MODEL.MASK_ON": mask_on})
+    DetectionCheckpointer(make_lively(build_model(cfg)), str(tmp_path)).save("model")
+    image = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    result = DefaultPredictor(cfg)(image)["instances"]
+    assert result.image_size == (80, 100) and len(result) > 0
+    assert result.has("pred_masks") == mask_on
+
+
+@pytest.mark.parametrize("mask_on", [True, False])
+def test_test_time_augmentation(small_config, mask_on):
+    cfg = small_config(**{"MODEL.MASK_ON": mask_on})
+    model = make_lively(build_model(cfg))
+    image = make_inputs()[0]["image"]
+    with torch.no_grad():
+        (output,) = GeneralizedRCNNWithTTA(cfg, model)([{"image": image, "height": 120, "width": 150}])
+    result = output["instances"]
+    assert result.image_size == (120, 150) and len(result) > 0
+    assert result.has("pred_masks") == mask_on
+    if mask_on:
+        assert result.pred_masks.shape == (len(result), 120, 150)
+
+
+# ---- pictures in training
+
+
+def visualized(model, inputs):
+    """Return the names and pictures that one step of training puts into the event storage."""
+    model.vis_period = 1
+    with EventStorage(0) as storage:
+        model.train()(inputs)
+        return [(name, image) for name, image, _ in storage._vis_data]
+
+
+def test_a_picture_of_ground_truth_proposals_and_detections(model):
+    ((name, image),) = visualized(model, make_inputs())
+    assert "proposals" in name
+    assert tuple(image.shape) == (3, SIZE, 3 * SIZE)
+
+
+@pytest.mark.parametrize("change", ["no instances", "a mask that is empty", "no detections", "no masks"])
+def test_a_picture_of_little(model, change):
+    inputs = make_inputs()
+    if change == "no instances":
+        inputs[0]["instances"] = inputs[0]["instances"][:0]
+    elif change == "a mask that is empty":
+        inputs[0]["instances"].gt_masks.tensor[0] = False
+    elif change == "no detections":
+        model.roi_heads.predictor.test_score_thresh = 1.0
+    elif change == "no masks":
+        model.roi_heads.mask_on = False
+    ((_, image),) = visualized(model, inputs)
+    assert tuple(image.shape) == (3, SIZE, 3 * SIZE)
+
+
+def test_the_picture_leaves_the_model_in_training_mode(model):
+    visualized(model, make_inputs())
+    assert all(module.training for module in model.modules())
+
+
+def test_the_picture_does_not_change_the_losses_or_statistics(model):
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    results = []
+    for period in (0, 1):
+        model.load_state_dict(state)
+        model.vis_period = period
+        torch.manual_seed(0)
+        with EventStorage(0):
+            losses = model.train()(make_inputs())
+        results.append((losses, {name: x.clone() for name, x in model.state_dict().items()}))
+    (losses, after), (losses_with, after_with) = results
+    assert losses == losses_with
+    assert all(torch.equal(after[name], after_with[name]) for name in after)

@@ -1,0 +1,98 @@
+"""add_mnc_config: every key with its default, and the switches that reach the model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+
+from mnc_d2 import add_mnc_config
+from mnc_d2.modeling import MNCROIHeads
+
+# Config keys that MNCROIHeads takes as they are, its argument of each, and a value that is not the default.
+KEYS = {
+    "NUM_PASSES_TRAIN": ("num_passes_train", 3),
+    "NUM_PASSES_TEST": ("num_passes_test", 1),
+    "BOX_GRADIENT": ("box_gradient", False),
+    "MASK_GRADIENT": ("mask_gradient", "all"),
+    "DELTA_GRADIENT_CLIP": ("delta_gradient_clip", 0.25),
+    "BORDER_GRADIENT": ("border_gradient", True),
+    "BACKGROUND_IOU_BANDS": ("background_bands", [[0.0, 0.5]]),
+    "BACKGROUND_FRACTIONS": ("background_fractions", [1.0]),
+    "MASK_TARGET_THRESHOLD": ("mask_target_threshold", 0.4),
+    "MASK_THRESHOLD": ("mask_threshold", 0.45),
+    "MASK_IOU_THRESHOLD": ("mask_iou_threshold", 0.6),
+    "MASK_LOSS_WEIGHT": ("mask_loss_weight", 2.0),
+    "NEXT_BOX_BACKGROUND": ("next_box_background", False),
+    "VOTING_IOU_THRESHOLD": ("voting_iou_threshold", 0.7),
+}
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    add_mnc_config(cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 8
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRegressionHead"
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO = 2
+    return cfg
+
+
+def build(cfg):
+    return MNCROIHeads(cfg, {"res4": ShapeSpec(channels=4, stride=16)})
+
+
+def test_defaults_are_the_papers(cfg):
+    mnc = cfg.MODEL.MNC
+    assert (mnc.NUM_PASSES_TRAIN, mnc.NUM_PASSES_TEST, mnc.MASK_SIZE, mnc.MASK_FC_DIM) == (2, 2, 28, 256)
+    assert (mnc.MASK_THRESHOLD, mnc.VOTING_IOU_THRESHOLD, mnc.MASK_LOSS_WEIGHT) == (0.4, 0.5, 1.0)
+    assert mnc.DELTA_GRADIENT_CLIP == 1 / 512
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_the_device_is_the_cpu_where_there_is_no_gpu(monkeypatch, cuda):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    cfg = get_cfg()
+    add_mnc_config(cfg)
+    assert cfg.MODEL.DEVICE == ("cuda" if cuda else "cpu")
+
+
+@pytest.mark.parametrize(("key", "argument", "value"), [(key, *x) for key, x in KEYS.items()], ids=KEYS.keys())
+def test_every_switch_reaches_the_cascade(cfg, key, argument, value):
+    assert getattr(build(cfg), argument) == cfg.MODEL.MNC[key] != value
+    cfg.MODEL.MNC[key] = value
+    assert getattr(build(cfg), argument) == value
+
+
+def test_sizes_reach_the_heads(cfg):
+    cfg.MODEL.MNC.MASK_SIZE, cfg.MODEL.MNC.MASK_FC_DIM = 21, 12
+    cfg.MODEL.MNC.ROI_WARP_SAMPLING = "caffe"
+    heads = build(cfg)
+    assert heads.pooler.sampling == "caffe"
+    assert heads.mask_head.fc1.weight.shape == (12, 4 * 14 * 14)
+    assert heads.mask_head(torch.zeros(1, 4, 14, 14)).shape == (1, 21, 21)
+
+
+def test_the_two_paths_have_weights_of_their_own(cfg):
+    heads = build(cfg)
+    assert heads.mask_path_head is not heads.box_path_head
+    assert heads.predictor.cls_score.in_features == 16
+
+
+@pytest.mark.parametrize("key", ["NUM_PASSES_TRAIN", "NUM_PASSES_TEST"])
+def test_the_number_of_passes_does_not_change_the_parameters(cfg, key):
+    expected = {name: x.shape for name, x in build(cfg).state_dict().items()}
+    cfg.MODEL.MNC[key] = 5
+    assert {name: x.shape for name, x in build(cfg).state_dict().items()} == expected
+
+
+def test_every_key_is_used(cfg):
+    package = Path(__file__).parents[1] / "mnc_d2"
+    code = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "config.py")
+    assert [key for key in cfg.MODEL.MNC if not re.search(rf"\b{key}\b", code)] == []

@@ -1,0 +1,295 @@
+"""train_net.py end to end, on two drawn images: it overfits, evaluates, resumes, and refuses bad input."""
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_net.py"
+CONFIG = ROOT / "configs" / "quickstart" / "mnc_R_18_FPN.yaml"
+ITERATIONS = 250
+# The quickstart model, small enough to learn two images by heart in a minute.
+OVERRIDES = [
+    *("DATASETS.TRAIN", "('drawn',)"),
+    *("DATASETS.TEST", "('drawn',)"),
+    *("DATALOADER.NUM_WORKERS", "0"),
+    *("INPUT.CROP.ENABLED", "False"),
+    *("INPUT.RANDOM_FLIP", "none"),
+    *("MODEL.DEVICE", "cpu"),
+    *("MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "64"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "200"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "60"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TEST", "200"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "30"),
+    *("SEED", "1"),
+    *("SOLVER.IMS_PER_BATCH", "2"),
+    *("SOLVER.BASE_LR", "0.04"),
+    *("SOLVER.WARMUP_ITERS", "20"),
+    *("SOLVER.STEPS", "(200,)"),
+    *("SOLVER.CHECKPOINT_PERIOD", "1000"),
+    *("TEST.NUM_PICTURES", "1"),
+    *("VIS_PERIOD", "100"),
+]
+
+
+def run(arguments, **environment):
+    """Run train_net.py in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def run_or_fail(arguments):
+    result = run(arguments)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def arguments_for(dataset, output, *arguments, iterations=ITERATIONS, overrides=()):
+    return [
+        *("--config-file", CONFIG),
+        *("--dataset", "drawn", *dataset),
+        *arguments,
+        *OVERRIDES,
+        *("SOLVER.MAX_ITER", iterations, "OUTPUT_DIR", output),
+        *overrides,
+    ]
+
+
+def read_metrics(output):
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(coco_dataset, tmp_path_factory):
+    """The folder and the output of a whole training: about a minute."""
+    output = tmp_path_factory.mktemp("trained")
+    return output, run_or_fail(arguments_for(coco_dataset, output))
+
+
+def last_ap(output):
+    """The last AP that was evaluated, by task."""
+    (*_, scores) = [line for line in read_metrics(output) if "segm/AP" in line]
+    return {task: scores[f"{task}/AP"] for task in ("bbox", "segm")}
+
+
+def test_two_images_are_overfitted(trained):
+    output, _ = trained
+    assert last_ap(output)["segm"] > 80
+    assert last_ap(output)["bbox"] > 80
+
+
+def test_the_loss_of_every_stage_falls(trained):
+    output, _ = trained
+    stages = {
+        "1": ["loss_rpn_cls", "loss_rpn_loc"],
+        "2": ["loss_mask_s2"],
+        "3": ["loss_cls_s3", "loss_seg_cls_s3", "loss_box_reg_s3"],
+        "4": ["loss_mask_s4"],
+        "5": ["loss_cls_s5", "loss_seg_cls_s5", "loss_box_reg_s5"],
+    }
+    logged = [line for line in read_metrics(output) if "total_loss" in line]
+    for stage, names in stages.items():
+        first, last = (sum(logged[i][name] for name in names) for i in (0, -1))
+        # The mask loss of stage 2 falls slowest, to less than half; a loss that gets no gradient stays as it is.
+        assert last < 0.7 * first, stage
+
+
+def test_the_output_ends_with_the_table_and_the_places_of_the_results(trained):
+    output, stdout = trained
+    table = stdout[stdout.rindex("dataset") :].splitlines()
+    scores = {cells[1]: cells for cells in (line.split() for line in table) if cells[:1] == ["drawn"]}
+    for task, ap in last_ap(output).items():
+        assert float(scores[task][2]) == pytest.approx(ap, abs=0.051)  # one digit after the point
+    places = {line.split(":")[0]: Path(line.split()[1]) for line in table if line.split(":")[0] in PLACES}
+    assert places == {name: output / place for name, place in PLACES.items()}
+    assert all(place.exists() for place in places.values())
+
+
+PLACES = {"pictures": Path("inference/drawn/pictures"), "log": Path("log.txt"), "checkpoint": Path("model_final.pth")}
+
+
+def test_pictures_are_written(trained):
+    output, _ = trained
+    (path,) = (output / PLACES["pictures"]).iterdir()
+    with Image.open(path) as picture:
+        assert picture.size == (4 * 96, 2 * 96)  # two panels, at twice the size
+
+
+def test_scalars_and_images_are_written_for_tensorboard(trained):
+    output, _ = trained
+    assert any(path.name.startswith("events.out.tfevents") for path in output.iterdir())
+
+
+def test_eval_only_gives_the_ap_of_the_end_of_training(trained, coco_dataset, tmp_path):
+    output, _ = trained
+    weights = output / "model_final.pth"
+    stdout = run_or_fail(
+        arguments_for(
+            coco_dataset, tmp_path, "--eval-only", overrides=["MODEL.WEIGHTS", weights, "TEST.NUM_PICTURES", 0]
+        )
+    )
+    rows = [line.split() for line in stdout[stdout.rindex("dataset") :].splitlines()]
+    printed = {cells[1]: float(cells[2]) for cells in rows if cells[:1] == ["drawn"]}
+    for task, ap in last_ap(output).items():
+        assert printed[task] == pytest.approx(ap, abs=0.051)
+    assert f"checkpoint: {weights}" in stdout
+    assert not (tmp_path / PLACES["pictures"]).exists()
+
+
+def test_resume_continues_at_the_iteration_after_the_last(trained, coco_dataset, tmp_path):
+    trained_output, _ = trained
+    output = tmp_path / "resumed"
+    shutil.copytree(trained_output, output)
+    run_or_fail(arguments_for(coco_dataset, output, "--resume", iterations=ITERATIONS + 2))
+    assert f"Starting training from iteration {ITERATIONS}" in (output / "log.txt").read_text()
+    before, after = ((x / "metrics.json").read_text() for x in (trained_output, output))
+    assert after.startswith(before)
+    new = [json.loads(line) for line in after[len(before) :].splitlines()]
+    # Losses are written at the last iteration, counted from 0.
+    assert [line["iteration"] for line in new if "total_loss" in line] == [ITERATIONS + 1]
+    # It has not started anew: two iterations at the learning rate of the end leave the model as good as it was.
+    assert last_ap(output)["segm"] > 80
+
+
+# ---- bad input: one sentence, before anything is trained
+
+
+@pytest.fixture(scope="module")
+def train_net():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("train_net", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def configure(train_net, clean_catalogs):
+    """A function that returns the config of a command line."""
+
+    def build(*arguments):
+        return train_net.build_config(train_net.argument_parser().parse_args([str(x) for x in arguments]))
+
+    return build
+
+
+DRAWN = ["DATASETS.TRAIN", "('drawn',)", "DATASETS.TEST", "('drawn',)"]
+
+
+def test_number_of_classes_is_read_from_the_dataset(configure, coco_dataset):
+    cfg = configure("--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    assert MetadataCatalog.get("drawn").thing_classes == ["disc", "square"]
+
+
+def test_number_of_classes_that_differs_from_the_dataset_names_both_and_the_file(configure, coco_dataset):
+    overrides = [*DRAWN, "MODEL.ROI_HEADS.NUM_CLASSES", "7"]
+    with pytest.raises(ValueError) as error:
+        configure("--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *overrides)
+    assert " 7" in str(error.value) and " 2 " in str(error.value) and str(coco_dataset[0]) in str(error.value)
+
+
+def test_several_datasets_are_registered(configure, coco_dataset):
+    more = ["--dataset", "again", *coco_dataset]
+    cfg = configure(
+        *("--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *more),
+        *("DATASETS.TRAIN", "('drawn','again')", "DATASETS.TEST", "('again',)"),
+    )
+    assert cfg.DATASETS.TRAIN == ("drawn", "again")
+    assert len(DatasetCatalog.get("drawn")) == len(DatasetCatalog.get("again")) == 2
+
+
+def test_overrides_win_over_the_file(configure, coco_dataset):
+    cfg = configure("--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN, "SOLVER.MAX_ITER", 3)
+    assert cfg.SOLVER.MAX_ITER == 3 and cfg.is_frozen()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["MODEL.MNC.NO_SUCH_KEY", "1"], "MODEL.MNC.NO_SUCH_KEY"),
+        (["SOLVER.MAX_ITER", "many"], "SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER"),
+    ],
+    ids=["key that does not exist", "value of another type", "key without a value"],
+)
+def test_wrong_override_names_the_key(configure, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        configure("--config-file", CONFIG, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL:\n  MNC:\n    NO_SUCH_KEY: 1\n", "MODEL.MNC.NO_SUCH_KEY"),
+        ("SOLVER:\n  MAX_ITER: many\n", "SOLVER.MAX_ITER"),
+        ("MODEL: [\n", "config.yaml"),
+        ("just words\n", "config.yaml"),
+    ],
+    ids=["key that does not exist", "value of another type", "not YAML", "not a mapping"],
+)
+def test_wrong_config_file_is_named_with_the_key(configure, tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        configure("--config-file", path)
+    assert "config.yaml" in str(error.value)
+
+
+def test_missing_config_file_is_named(configure, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist"):
+        configure("--config-file", tmp_path / "none.yaml")
+
+
+def test_missing_base_of_a_config_file_is_named(configure, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("_BASE_: none.yaml\n")
+    with pytest.raises(OSError, match=r"none\.yaml"):
+        configure("--config-file", path)
+
+
+def test_missing_annotation_file_is_named(configure, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
+        configure("--config-file", CONFIG, "--dataset", "drawn", tmp_path / "none.json", tmp_path)
+
+
+def test_dataset_that_is_not_registered_is_named(configure):
+    with pytest.raises(ValueError, match="'nowhere'"):
+        configure("--config-file", CONFIG, "DATASETS.TRAIN", "('nowhere',)")
+
+
+def test_bad_input_ends_the_program_with_one_sentence(tmp_path):
+    result = run(["--config-file", CONFIG, "--dataset", "drawn", tmp_path / "none.json", tmp_path, *DRAWN])
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("train_net.py")]
+    assert sentence == f"train_net.py: The annotation file {tmp_path / 'none.json'} does not exist. Check the path."
+    assert result.stderr.rstrip().endswith(sentence)
+
+
+# ---- the summary
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b")], ids=["one dataset", "two datasets"])
+def test_summary_has_a_row_for_each_task_of_each_dataset(train_net, small_config, capsys, names):
+    cfg = small_config(**{"DATASETS.TEST": names, "OUTPUT_DIR": "somewhere"})
+    scores = {"bbox": {"AP": 12.34, "AP50": 50.0, "AP75": math.nan}, "segm": {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}}
+    # As Detectron2's trainer returns them: by dataset only if there are several.
+    train_net.print_summary(cfg, scores if len(names) == 1 else dict.fromkeys(names, scores), "model.pth")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for name in names:
+        assert [name, "bbox", "12.3", "50.0", "nan"] in rows
+        assert [name, "segm", "1.0", "2.0", "3.0"] in rows
+    assert ["checkpoint:", "model.pth"] in rows
