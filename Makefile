@@ -17,7 +17,7 @@ $(INSTALLED): requirements/pinned.txt requirements/detectron2.txt requirements/i
 	touch $@
 
 quickstart: install
-	$(BIN)/python train_net.py --config-file $(CONFIG) OUTPUT_DIR output/quickstart
+	$(BIN)/python train_net.py --config-file $(CONFIG) OUTPUT_DIR output/quickstart SOLVER.MAX_ITER 800
 
 test: install
 	$(BIN)/python -m pytest

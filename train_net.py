@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -50,19 +51,23 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         if not os.path.isfile(args.config_file):
             raise FileNotFoundError(f"The config file {args.config_file} does not exist.")
-        try:
-            cfg.merge_from_file(args.config_file)
-        except (AssertionError, KeyError, ValueError) as error:
-            raise ValueError(f"{args.config_file}: {error.args[0]}") from error
-    try:
-        cfg.merge_from_list(args.opts)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"KEY VALUE overrides: {error.args[0]}") from error
+        _merge(cfg.merge_from_file, args.config_file, where=args.config_file)
+    _merge(cfg.merge_from_list, args.opts, where="KEY VALUE overrides")
     for dataset in args.dataset:
         register_coco_dataset(*dataset)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes_from_datasets(cfg)
     cfg.freeze()
     return cfg
+
+
+def _merge(merge: Callable, source: str | list[str], where: str) -> None:
+    """Call ``merge(source)``; what is wrong with the source becomes a ValueError that says where."""
+    try:
+        merge(source)
+    except OSError:
+        raise
+    except Exception as error:  # yacs and yaml raise all kinds: a failed assertion, KeyError, YAMLError, ...
+        raise ValueError(f"{where}: {error}") from error
 
 
 def main(args: argparse.Namespace) -> dict:

@@ -18,6 +18,11 @@ from .evaluation import PredictionPictures
 class MNCTrainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` with MNC's dataset mapper, COCO evaluation and pictures of predictions."""
 
+    def train(self) -> dict:
+        """Train; return the results of the evaluation at the end."""
+        super().train()
+        return getattr(self, "_last_eval_results", {})
+
     @classmethod
     def build_optimizer(cls, cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Build Detectron2's SGD, or AdamW with its parameter groups, as SOLVER.OPTIMIZER says."""

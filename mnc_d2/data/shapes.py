@@ -41,7 +41,7 @@ SHAPES_CLASSES = ("disc", "rectangle", "triangle", "ring", "cross")
 # A part of the cache folder's name. Raise it with every change of what is drawn, so that old caches are left alone.
 DRAWING_VERSION = 1
 
-DIAMETERS = (16.0, 56.0)  # pixels, drawn uniformly in the logarithm
+DIAMETERS = (20.0, 56.0)  # pixels, drawn uniformly in the logarithm
 INSTANCES = (4, 9)  # wanted in one image; fewer where no more fit
 MIN_VISIBLE = 0.4  # share of its pixels that an instance keeps whatever is put over it
 MIN_PIXELS = 40
@@ -187,7 +187,7 @@ def draw_image(spec: ShapesSpec, index: int) -> tuple[np.ndarray, list[tuple[int
     for _ in range(4 * INSTANCES[1]):
         if len(labels) == wanted:
             break
-        is_bar = rng.random() < 0.15
+        is_bar = rng.random() < 0.1
         label = int(rng.integers(len(SHAPES_CLASSES)))
         form = _bar(rng, spec.image_size) if is_bar else _shape(rng, spec.image_size, SHAPES_CLASSES[label])
         inside = np.zeros(spec.image_size, dtype=bool)
@@ -358,7 +358,7 @@ def _paint(canvas: np.ndarray, form: _Form, rng: np.random.Generator) -> None:
     if not inside.any():
         return
     under = target[inside].mean(axis=0)
-    contrast = rng.uniform(50, 180)
+    contrast = rng.uniform(70, 190)
     colours = rng.uniform(0, 255, (32, 3))
     colour = colours[np.abs(np.linalg.norm(colours - under, axis=1) - contrast).argmin()]
 

@@ -12,6 +12,8 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 
+_PANEL_WIDTH = 640  # pixels, at least
+
 
 class PredictionPictures(DatasetEvaluator):
     """Write one picture for each of the first images of a dataset: ground truth on the left, predictions on the right.
@@ -51,7 +53,9 @@ class PredictionPictures(DatasetEvaluator):
         os.replace(path + ".tmp", path)
 
     def _visualizer(self, image: np.ndarray) -> Visualizer:
-        return Visualizer(image, self._metadata, scale=2.0, instance_mode=ColorMode.IMAGE)
+        # Small images are enlarged, so that labels do not hide them.
+        scale = max(1.0, _PANEL_WIDTH / image.shape[1])
+        return Visualizer(image, self._metadata, scale=scale, instance_mode=ColorMode.IMAGE)
 
     def evaluate(self) -> dict:
         return {}

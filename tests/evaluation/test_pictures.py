@@ -11,6 +11,7 @@ from mnc_d2.data import register_coco_dataset
 from mnc_d2.evaluation import PredictionPictures
 
 SIZE = 96
+PANEL = 640  # small images are enlarged to this width
 pytestmark = pytest.mark.usefixtures("clean_catalogs")
 
 
@@ -52,8 +53,8 @@ def halves(picture):
 
 
 def original(dataset, index=0):
-    """The image at twice its size, as it is shown."""
-    return np.asarray(Image.open(dataset[index]["file_name"]).resize((2 * SIZE, 2 * SIZE), Image.Resampling.NEAREST))
+    """The image enlarged, as it is shown."""
+    return np.asarray(Image.open(dataset[index]["file_name"]).resize((PANEL, PANEL), Image.Resampling.NEAREST))
 
 
 def difference(a, b):
@@ -63,7 +64,7 @@ def difference(a, b):
 def test_ground_truth_is_on_the_left_and_predictions_on_the_right(dataset, tmp_path):
     left, right = halves(write(dataset, tmp_path, [predict(0.9)])["1.png"])
     nothing_left, nothing_right = halves(write(dataset, tmp_path / "nothing", [predict()])["1.png"])
-    assert left.shape == right.shape == (2 * SIZE, 2 * SIZE, 3)
+    assert left.shape == right.shape == (PANEL, PANEL, 3)
     # Without predictions the right is the image; the resampling blurs its edges.
     assert difference(nothing_right, original(dataset)) < 3
     assert difference(right, original(dataset)) > 10

@@ -28,7 +28,7 @@ def make_rpn(cls=CausalRPN, **kwargs):
         batch_size_per_image=32,
         positive_fraction=0.5,
         pre_nms_topk=(100, 60),
-        post_nms_topk=(40, 30),
+        post_nms_topk=(70, 50),
         min_box_size=2.0,
         **kwargs,
     )
@@ -93,6 +93,7 @@ def test_loss_on_proposals_reaches_the_delta_layer_and_the_features():
     assert all(x.grad.abs().sum() > 0 for x in features.values())
     # Scores only choose the proposals.
     assert rpn.rpn_head.objectness_logits.weight.grad is None
+    assert not any(x.objectness_logits.requires_grad for x in proposals)
 
 
 # Below, the RPN gets deltas by hand. One level; one image of 64 x 64.
