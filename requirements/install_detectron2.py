@@ -44,8 +44,11 @@ def make_version_independent(root: Path) -> Path:
     kept = [line for line in lines if line.strip() not in DROPPED_REQUIREMENTS]
     metadata.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
+    # What is left is pure Python, for any version.
     wheel = dist_info / "WHEEL"
-    wheel.write_text(wheel.read_text(encoding="utf-8").replace("cp310-none-any", "py3-none-any"), encoding="utf-8")
+    replaced = {"Tag": "Tag: py3-none-any", "Root-Is-Purelib": "Root-Is-Purelib: true"}
+    lines = wheel.read_text(encoding="utf-8").splitlines()
+    wheel.write_text("".join(replaced.get(x.split(":")[0], x) + "\n" for x in lines), encoding="utf-8")
 
     # RECORD lists what `pip uninstall` removes: only files that are there, without stale checksums of the edited ones.
     record = dist_info / "RECORD"

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
+from detectron2.structures import BitMasks, Instances
 from torch import nn
 from torchvision.ops import roi_align
 
@@ -45,6 +46,39 @@ class MaskRegressionHead(nn.Module):
         """Return mask logits (R, m, m), float32, for pooled features (R, C, S, S)."""
         hidden = F.relu(self.fc1(features.flatten(1)))
         return self.fc2(hidden).view(-1, self.mask_size, self.mask_size).float()
+
+
+@torch.no_grad()
+def mask_targets(
+    proposals: list[Instances], targets: list[Instances], size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Look up the mask of the instance that each RoI is matched to.
+
+    Args:
+        proposals: one per image, with ``proposal_boxes`` and ``gt_index``; R in all.
+        targets: one per image, with ``gt_masks`` (BitMasks or PolygonMasks) and, optionally, ``gt_has_mask``.
+        size: m.
+
+    Returns:
+        coverage (R, m, m) as returned by :func:`crop_masks`; area of the whole instance (R,) in image pixels;
+        whether it has a mask (R,), bool.
+    """
+    coverage, areas, has_mask = [], [], []
+    for proposal, target in zip(proposals, targets):
+        index, boxes = proposal.gt_index, proposal.proposal_boxes.tensor.detach()
+        if len(target) == 0:
+            coverage.append(boxes.new_zeros(len(boxes), size, size))
+            areas.append(boxes.new_zeros(len(boxes)))
+            has_mask.append(torch.zeros_like(index, dtype=torch.bool))
+            continue
+        masks = target.gt_masks
+        if not isinstance(masks, BitMasks):
+            masks = BitMasks.from_polygon_masks(masks, *target.image_size).to(boxes.device)
+        present = target.gt_has_mask if target.has("gt_has_mask") else torch.ones_like(target.gt_classes).bool()
+        coverage.append(crop_masks(masks.tensor, index, boxes, size))
+        areas.append(masks.tensor.sum(dim=(1, 2)).to(boxes)[index])
+        has_mask.append(present[index])
+    return torch.cat(coverage), torch.cat(areas), torch.cat(has_mask)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROIHeads, build_box_head, build_mask_head
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
-from detectron2.structures import BitMasks, Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
@@ -18,7 +18,7 @@ from ...layers import pass_gradient
 from ..mask_voting import vote_masks
 from ..poolers import RoIWarpPooler
 from .classifier import MNCOutputLayers
-from .mask_head import crop_masks, instance_mask_iou, mask_loss
+from .mask_head import instance_mask_iou, mask_loss, mask_targets
 from .sampling import sample_rois
 
 
@@ -266,7 +266,7 @@ class MNCROIHeads(ROIHeads):
 
         logits = self.mask_head(pooled)
         masks = logits.sigmoid()
-        coverage, areas, has_mask = _mask_targets(proposals, targets, logits.shape[-1])
+        coverage, areas, has_mask = mask_targets(proposals, targets, logits.shape[-1])
         valid = foreground & has_mask
         losses = {"loss_mask": self.mask_loss_weight * mask_loss(logits, coverage, valid, self.mask_target_threshold)}
 
@@ -409,33 +409,6 @@ def _gather(tensors: list[torch.Tensor], outputs: list[_PassOutput]) -> list[tor
     """Regroup one tensor per pass, (R, ...) over all images, into one per image over all passes."""
     per_pass = [tensor.split([len(x) for x in output.boxes]) for tensor, output in zip(tensors, outputs)]
     return [torch.cat(per_image) for per_image in zip(*per_pass)]
-
-
-def _mask_targets(
-    proposals: list[Instances], targets: list[Instances], size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Look up the mask of the instance that each RoI is matched to.
-
-    Returns:
-        coverage (R, m, m) as returned by :func:`crop_masks`; area of the whole instance (R,) in image pixels;
-        whether it has a mask (R,), bool.
-    """
-    coverage, areas, has_mask = [], [], []
-    for proposal, target in zip(proposals, targets):
-        index, boxes = proposal.gt_index, proposal.proposal_boxes.tensor.detach()
-        if len(target) == 0:
-            coverage.append(boxes.new_zeros(len(boxes), size, size))
-            areas.append(boxes.new_zeros(len(boxes)))
-            has_mask.append(torch.zeros_like(index, dtype=torch.bool))
-            continue
-        masks = target.gt_masks
-        if not isinstance(masks, BitMasks):
-            masks = BitMasks.from_polygon_masks(masks, *target.image_size).to(boxes.device)
-        present = target.gt_has_mask if target.has("gt_has_mask") else torch.ones_like(target.gt_classes).bool()
-        coverage.append(crop_masks(masks.tensor, index, boxes, size))
-        areas.append(masks.tensor.sum(dim=(1, 2)).to(boxes)[index])
-        has_mask.append(present[index])
-    return torch.cat(coverage), torch.cat(areas), torch.cat(has_mask)
 
 
 def _mean(values: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
