@@ -1,4 +1,4 @@
-"""Identities in the forward pass that shape what flows back."""
+"""Identities in the forward pass that shape what flows back, and the rule at the image border."""
 
 import torch
 
@@ -27,3 +27,18 @@ def pass_gradient(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         where: bool, broadcastable to the shape of ``x``.
     """
     return torch.where(where, x, x.detach())
+
+
+def inside_image(boxes: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+    """Tell which boxes lie wholly in the image; those that touch its border do.
+
+    Args:
+        boxes: (..., 4), x1, y1, x2, y2 in image pixels.
+        image_size: (height, width).
+
+    Returns:
+        (..., 1), bool, as :func:`pass_gradient` takes it.
+    """
+    height, width = image_size
+    x1, y1, x2, y2 = boxes.detach().split(1, dim=-1)
+    return (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height)

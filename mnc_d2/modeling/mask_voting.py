@@ -28,10 +28,10 @@ def vote_masks(
     Boxes that survive a class-wise NMS are the detections. The mask of each is the average of the masks of all
     candidates that overlap it, weighted by their score for its class and rendered in the image, where a pixel belongs
     to a box if its centre lies inside. The box of a detection is the tight box of the resulting mask; if no pixel
-    reaches the threshold, it stays what it was.
+    reaches the threshold, it stays what it was. Candidates that are not finite are left out.
 
     Args:
-        boxes: (K, 4), in image pixels.
+        boxes: (K, 4), in image pixels; they may reach out of the image.
         scores: (K, C), probability of each foreground class.
         masks: (K, m, m), probabilities in the frame of the box.
         image_size: (height, width).
@@ -45,12 +45,9 @@ def vote_masks(
         Instances with ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks`` (D, 1, m, m), float32, the
         averaged probabilities in the frame of ``pred_boxes``; highest score first.
     """
-    boxes, scores, masks = boxes.float(), scores.float(), masks.float()
-    boxes = Boxes(boxes)
-    boxes.clip(image_size)
-    boxes = boxes.tensor
-    finite = torch.isfinite(boxes).all(dim=1) & torch.isfinite(scores).all(dim=1)
-    candidate, cls = ((scores > score_threshold) & finite[:, None]).nonzero(as_tuple=True)
+    finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1) & masks.isfinite().all(dim=2).all(dim=1)
+    boxes, scores, masks = (x[finite].float() for x in (boxes, scores, masks))
+    candidate, cls = (scores > score_threshold).nonzero(as_tuple=True)
     kept = batched_nms(boxes[candidate], scores[candidate, cls], cls, nms_threshold)[:max_detections]
     survivor, cls = candidate[kept], cls[kept]
 
@@ -63,6 +60,7 @@ def vote_masks(
     tight = _tight_boxes(merged >= mask_threshold)
     empty = (tight[:, 2] <= tight[:, 0])[:, None]
     result.pred_boxes = Boxes(torch.where(empty, boxes[survivor], tight))
+    result.pred_boxes.clip(image_size)
     rois = torch.cat((torch.arange(len(tight), device=boxes.device)[:, None].to(boxes), result.pred_boxes.tensor), 1)
     result.pred_masks = roi_warp(merged[:, None], rois, masks.shape[-1])
     return result

@@ -6,7 +6,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.structures import Boxes, Instances
 
-from ..layers import clip_gradient, pass_gradient
+from ..layers import clip_gradient, inside_image, pass_gradient
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -75,8 +75,11 @@ class CausalRPN(RPN):
         proposals = self._decode_proposals(anchors, deltas)
         if not self.border_gradient:
             proposals = [
-                pass_gradient(boxes, _inside(boxes, anchors_of_level, image_sizes))
-                for boxes, anchors_of_level in zip(proposals, anchors)
+                pass_gradient(
+                    boxes,
+                    torch.stack([inside_image(x, s) & inside_image(a.tensor, s) for x, s in zip(boxes, image_sizes)]),
+                )
+                for boxes, a in zip(proposals, anchors)
             ]
         # Unlike Detectron2's RPN, not under no_grad: it gathers and clips the boxes differentiably.
         return find_top_rpn_proposals(
@@ -89,9 +92,3 @@ class CausalRPN(RPN):
             self.min_box_size,
             True,
         )
-
-
-def _inside(boxes: torch.Tensor, anchors: Boxes, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
-    """Tell which boxes (N, K, 4) lie wholly in their image, and their anchors (K) too; (N, K, 1), bool."""
-    inside = [Boxes(x).inside_box(size) & anchors.inside_box(size) for x, size in zip(boxes.detach(), image_sizes)]
-    return torch.stack(inside).unsqueeze(-1)

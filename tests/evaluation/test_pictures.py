@@ -80,8 +80,9 @@ def test_predictions_below_the_score_threshold_are_left_out(dataset, tmp_path, s
 def test_colours_are_those_of_the_file(dataset, tmp_path):
     _, right = halves(write(dataset, tmp_path, [predict()])["1.png"])
     # The middle of the disc, red, and of the square, blue.
-    assert right[52, 48].tolist() == pytest.approx([230, 60, 40], abs=3)
-    assert right[60, 136].tolist() == pytest.approx([50, 90, 220], abs=3)
+    disc, square = ([round(x * PANEL / SIZE) for x in center] for center in ((26, 24), (30, 68)))
+    assert right[tuple(disc)].tolist() == pytest.approx([230, 60, 40], abs=3)
+    assert right[tuple(square)].tolist() == pytest.approx([50, 90, 220], abs=3)
 
 
 def test_boxes_without_masks_are_drawn(dataset, tmp_path):

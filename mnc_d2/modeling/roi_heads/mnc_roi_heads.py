@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from ...layers import pass_gradient
+from ...layers import inside_image, pass_gradient
 from ..mask_voting import vote_masks
 from ..poolers import RoIWarpPooler
 from .classifier import MNCOutputLayers
@@ -318,7 +318,7 @@ class MNCROIHeads(ROIHeads):
         next_boxes = []
         for boxes, size in zip(regressed.split([len(x) for x in output.boxes]), image_sizes):
             if not self.border_gradient:
-                boxes = pass_gradient(boxes, Boxes(boxes.detach()).inside_box(size)[:, None])
+                boxes = pass_gradient(boxes, inside_image(boxes, size))
             boxes = Boxes(boxes)
             boxes.clip(size)
             next_boxes.append(boxes)
