@@ -39,7 +39,7 @@ def small_config():
         cfg.merge_from_list(
             [
                 *("MODEL.DEVICE", "cpu"),
-                *("MODEL.FPN.OUT_CHANNELS", 16),
+                *("MODEL.FPN.OUT_CHANNELS", 32),
                 *("MODEL.ROI_BOX_HEAD.FC_DIM", 32),
                 *("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES)),
                 *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16),

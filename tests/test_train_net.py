@@ -16,13 +16,15 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_net.py"
 CONFIG = ROOT / "configs" / "quickstart" / "mnc_R_18_FPN.yaml"
-ITERATIONS = 250
-# The quickstart model, small enough to learn two images by heart in a minute.
+ITERATIONS = 150
+# The quickstart model, small enough to learn two images by heart in half a minute.
 OVERRIDES = [
     *("DATASETS.TRAIN", "('drawn',)"),
     *("DATASETS.TEST", "('drawn',)"),
     *("DATALOADER.NUM_WORKERS", "0"),
     *("INPUT.CROP.ENABLED", "False"),
+    *("INPUT.MIN_SIZE_TRAIN", "(0,)"),
+    *("INPUT.MIN_SIZE_TEST", "0"),
     *("INPUT.RANDOM_FLIP", "none"),
     *("MODEL.DEVICE", "cpu"),
     *("MODEL.FPN.OUT_CHANNELS", "32"),
@@ -72,7 +74,7 @@ def read_metrics(output):
 
 @pytest.fixture(scope="module")
 def trained(coco_dataset, tmp_path_factory):
-    """The folder and the output of a whole training: about a minute."""
+    """The folder and the output of a whole training: about half a minute."""
     output = tmp_path_factory.mktemp("trained")
     return output, run_or_fail(arguments_for(coco_dataset, output))
 
@@ -101,8 +103,8 @@ def test_the_loss_of_every_stage_falls(trained):
     logged = [line for line in read_metrics(output) if "total_loss" in line]
     for stage, names in stages.items():
         first, last = (sum(logged[i][name] for name in names) for i in (0, -1))
-        # The mask loss of stage 2 falls slowest, to less than half; a loss that gets no gradient stays as it is.
-        assert last < 0.7 * first, stage
+        # The mask losses, which start low, fall to a quarter; a loss that gets no gradient stays as it is.
+        assert last < 0.5 * first, stage
 
 
 def test_the_output_ends_with_the_table_and_the_places_of_the_results(trained):

@@ -79,6 +79,15 @@ def test_one_class(make_roi_heads, make_map, proposals):
 # ---- passes
 
 
+def test_candidates_are_scored_at_mask_level(make_roi_heads, make_map, proposals, monkeypatch):
+    heads = make_roi_heads(num_passes_test=1)
+    outputs = []
+    heads.predictor.register_forward_hook(lambda module, args, output: outputs.append(output))
+    calls = candidates_of(heads, make_map(n=3), proposals, monkeypatch)
+    probabilities = outputs[0][1].softmax(dim=1)[:, :2]
+    assert torch.equal(torch.cat([scores for _, scores, *_ in calls]), probabilities)
+
+
 @pytest.mark.parametrize("num_passes", [1, 2, 3])
 def test_candidates_of_all_passes_go_to_mask_voting(make_roi_heads, make_map, proposals, monkeypatch, num_passes):
     heads = make_roi_heads(num_passes_train=1, num_passes_test=num_passes)
