@@ -336,7 +336,7 @@ def test_number_of_classes_from_the_dataset(dataset, tmp_path):
     assert num_classes_from_datasets(config((name,))) == 2
     assert num_classes_from_datasets(config((), (name,))) == 2
     assert num_classes_from_datasets(config((name,), (name,), number=2)) == 2
-    assert num_classes_from_datasets(config(("shapes_train",), ("shapes_val",))) == 6
+    assert num_classes_from_datasets(config(("shapes_train",), ("shapes_val",))) == 5
 
 
 def test_number_of_classes_that_differs_names_both_and_the_file(dataset, tmp_path):
@@ -347,7 +347,7 @@ def test_number_of_classes_that_differs_names_both_and_the_file(dataset, tmp_pat
 
 def test_wrong_number_of_classes_does_not_draw_shapes(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    with pytest.raises(ValueError, match="NUM_CLASSES is 80, but shapes_train has 6 classes"):
+    with pytest.raises(ValueError, match="NUM_CLASSES is 80, but shapes_train has 5 classes"):
         num_classes_from_datasets(config(("shapes_train",), number=80))
     assert list(tmp_path.iterdir()) == []
 
@@ -355,7 +355,7 @@ def test_wrong_number_of_classes_does_not_draw_shapes(tmp_path, monkeypatch):
 def test_datasets_that_differ_in_their_classes(dataset, tmp_path):
     name = register(dataset, tmp_path)
     for train, test in [((name, "shapes_train"), ()), ((name,), ("shapes_train",))]:
-        with pytest.raises(ValueError, match=rf"'{name}' and 'shapes_train'.*2 \(early, late\) and 6 \(disc"):
+        with pytest.raises(ValueError, match=rf"'{name}' and 'shapes_train'.*2 \(early, late\) and 5 \(disc"):
             num_classes_from_datasets(config(train, test))
 
 

@@ -170,7 +170,7 @@ def test_builtin_metadata_is_there_without_drawing(tmp_path, monkeypatch):
         assert name in DatasetCatalog
         metadata = MetadataCatalog.get(name)
         assert metadata.thing_classes == list(SHAPES_CLASSES)
-        assert metadata.thing_dataset_id_to_contiguous_id == {i + 1: i for i in range(6)}
+        assert metadata.thing_dataset_id_to_contiguous_id == {i + 1: i for i in range(len(SHAPES_CLASSES))}
         assert metadata.evaluator_type == "coco"
         assert metadata.image_root == str(tmp_path / SHAPES_SPLITS[name].folder / "images")
     assert list(tmp_path.iterdir()) == []
