@@ -53,6 +53,9 @@ def build_config(args: argparse.Namespace) -> CfgNode:
             raise FileNotFoundError(f"The config file {args.config_file} does not exist.")
         _merge(cfg.merge_from_file, args.config_file, where=args.config_file)
     _merge(cfg.merge_from_list, args.opts, where="KEY VALUE overrides")
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not args.resume and not os.path.isfile(weights):
+        raise FileNotFoundError(f"The checkpoint MODEL.WEIGHTS {weights} does not exist.")
     for dataset in args.dataset:
         register_coco_dataset(*dataset)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes_from_datasets(cfg)

@@ -254,6 +254,11 @@ def test_missing_config_file_is_named(configure, tmp_path):
         configure("--config-file", tmp_path / "none.yaml")
 
 
+def test_missing_checkpoint_is_named(configure, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS .*none\.pth does not exist"):
+        configure("--config-file", CONFIG, "--eval-only", "MODEL.WEIGHTS", tmp_path / "none.pth")
+
+
 def test_missing_base_of_a_config_file_is_named(configure, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("_BASE_: none.yaml\n")

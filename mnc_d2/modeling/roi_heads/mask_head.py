@@ -92,7 +92,8 @@ def crop_masks(masks: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, 
         size: m.
 
     Returns:
-        (R, m, m), float32, the part of each texel that the mask covers; 0 outside the image or if there is no mask.
+        (R, m, m), float32, the part of each texel that the mask covers; 0 if there is no mask. Boxes lie in the
+        image: like RoIAlign it repeats the border for one pixel around it.
     """
     if len(masks) == 0:
         return boxes.new_zeros(len(boxes), size, size)
