@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from .bag_max import bag_max
 
 
 def roi_warp(
@@ -13,11 +14,12 @@ def roi_warp(
     output_size: int,
     spatial_scale: float = 1.0,
     sampling: str = "center",
+    max_pool: bool = False,
 ) -> torch.Tensor:
     """Sample an S x S grid of points in each box bilinearly.
 
     Gradients flow to ``features`` and to the four coordinates of ``rois``, both exact away from the kinks of the
-    bilinear interpolation.
+    bilinear interpolation (and, with ``max_pool``, of the maximum). There is no second derivative.
 
     Args:
         features: (N, C, H, W), floating point.
@@ -30,12 +32,19 @@ def roi_warp(
             ``torchvision.ops.roi_align(..., sampling_ratio=1, aligned=True)``. "caffe" reproduces the authors'
             released layer: corners rounded to feature pixels (half away from zero; the rounding passes the gradient
             straight through), samples at the start of each bin, and 0 for samples more than 0.5 outside the map.
+        max_pool: sample 2S x 2S points and keep the largest of each 2 x 2, as the paper does; in less time and memory
+            than :func:`torch.nn.functional.max_pool2d` of the samples, with the same result.
 
     Returns:
-        (R, C, S, S), dtype of ``features``, in channels_last memory format.
+        (R, C, S, S), dtype of ``features``, in channels_last memory format. NaN for a box with a NaN coordinate or
+        without an image; under ``torch.autograd.set_detect_anomaly(True)`` such a box is an error instead.
+
+    Raises:
+        ValueError: a shape, dtype or ``sampling`` that is none of the above; in anomaly mode, a RoI that is not finite
+            or whose batch index is not in [0, N).
     """
-    levels = torch.zeros(len(rois), dtype=torch.long, device=rois.device)
-    return roi_warp_pyramid([features], rois, levels, output_size, [spatial_scale], sampling)
+    levels = torch.zeros(rois.shape[0], dtype=torch.long, device=rois.device)
+    return roi_warp_pyramid([features], rois, levels, output_size, [spatial_scale], sampling, max_pool)
 
 
 def roi_warp_pyramid(
@@ -45,49 +54,106 @@ def roi_warp_pyramid(
     output_size: int,
     spatial_scales: Sequence[float],
     sampling: str = "center",
+    max_pool: bool = False,
 ) -> torch.Tensor:
     """:func:`roi_warp` where each box samples its own level of a feature pyramid.
 
-    All levels and images are rows of one table, one row per pixel, so that a sample is a weighted sum of four rows
-    (an embedding bag): there is no loop over boxes, images or levels, and the gradient of the weights is the gradient
-    of the boxes.
+    A sample is the sum of four pixels' feature vectors, each times a product of a weight along y and one along x. The
+    weights and the positions of the pixels, a few numbers a sample, are computed here under autograd, hence the
+    gradient of the boxes. The sums and maxima over channels are :func:`mnc_d2.layers.bag_max.bag_max`.
+
+    Why so: on a CPU the embedding bags that it is made of take a third of the time of ROIAlign for the same samples,
+    because they go along the channels, and with the maximum taken chunk by chunk of the boxes no sample reaches the
+    main memory. One ``grid_sample`` of all boxes, products with sparse matrices and one bag of all samples, each
+    followed by the maximum, were slower; so was a loop of larger or smaller chunks. ``tests/benchmarks`` has the
+    figures.
 
     Args:
         features: one (N, C, H_l, W_l) per level l.
         rois: (R, 5), as in :func:`roi_warp`.
         levels: (R,), int64, index into ``features``.
+        output_size: S.
         spatial_scales: feature-map pixels per image pixel, per level.
-        output_size, sampling: as in :func:`roi_warp`.
+        sampling, max_pool: as in :func:`roi_warp`.
 
-    Returns:
-        (R, C, S, S), dtype of ``features``, in channels_last memory format.
+    Returns, Raises:
+        as :func:`roi_warp`.
     """
-    if sampling not in _SAMPLE_POSITIONS:
-        raise ValueError(f"sampling must be one of {sorted(_SAMPLE_POSITIONS)}, got {sampling!r}")
-    channels, device = features[0].shape[1], rois.device
-    table = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, channels) for x in features])  # (rows, C)
+    _check_arguments(features, rois, output_size, spatial_scales, sampling)
+    images, device = features[0].shape[0], rois.device
 
     # Coordinates stay in float32 (or float64) under any autocast and any dtype of the features.
     boxes = rois[:, 1:] if rois.dtype == torch.float64 else rois[:, 1:].float()
+    batch = rois[:, 0].detach()
+    has_image = (batch >= 0) & (batch < images)
+    boxes = boxes.masked_fill(~has_image[:, None], torch.nan)
+    batch = torch.where(has_image, batch, 0).long()
+
     heights = torch.tensor([x.shape[2] for x in features], device=device)[levels]  # (R,)
     widths = torch.tensor([x.shape[3] for x in features], device=device)[levels]
     scales = torch.tensor(spatial_scales, dtype=boxes.dtype, device=device)[levels]
-    first_rows = torch.tensor([0] + [x.shape[0] * x.shape[2] * x.shape[3] for x in features], device=device)
-    first_row = first_rows.cumsum(0)[levels] + rois[:, 0].detach().long() * heights * widths
+    first_rows = torch.tensor([0] + [images * x.shape[2] * x.shape[3] for x in features], device=device).cumsum(0)
+    first_row = first_rows[levels] + batch * heights * widths
 
     positions, reach = _SAMPLE_POSITIONS[sampling]
     boxes = boxes * scales[:, None]
-    y_index, y_weight = _bilinear_taps(positions(boxes[:, 1], boxes[:, 3], output_size), heights[:, None], reach)
-    x_index, x_weight = _bilinear_taps(positions(boxes[:, 0], boxes[:, 2], output_size), widths[:, None], reach)
+    pool = 2 if max_pool else 1
+    size = output_size * pool
+    y_index, y_weight = _bilinear_taps(positions(boxes[:, 1], boxes[:, 3], size), heights[:, None], reach)
+    x_index, x_weight = _bilinear_taps(positions(boxes[:, 0], boxes[:, 2], size), widths[:, None], reach)
+    y_index = y_index * widths[:, None, None] + first_row[:, None, None]
 
-    # Outer products of the two taps along y and the two along x: (R, S, S, 2, 2).
-    weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
-    index = y_index[:, :, None, :, None] * widths[:, None, None, None, None] + x_index[:, None, :, None, :]
-    index = index + first_row[:, None, None, None, None]
-    samples = F.embedding_bag(
-        index.flatten(3).flatten(0, 2), table, per_sample_weights=weight.flatten(3).flatten(0, 2).to(table), mode="sum"
-    )
-    return samples.view(len(rois), output_size, output_size, channels).permute(0, 3, 1, 2)
+    # Outer products of the taps along y and along x, by bin, sample of the bin and tap.
+    def spread(y, x):
+        y = y.view(-1, output_size, 1, pool, 1, 2, 1)
+        return y, x.view(-1, 1, output_size, 1, pool, 1, 2)
+
+    def flatten(outer):
+        return outer.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (R, S * S, samples a bin, 4)
+
+    y_index, x_index = spread(y_index, x_index)
+    y_weight, x_weight = spread(y_weight, x_weight)
+    dtype = torch.promote_types(features[0].dtype, torch.float32)
+    samples = bag_max(features, flatten(y_index + x_index), flatten(y_weight * x_weight).to(dtype))
+    return samples.unflatten(1, (output_size, output_size)).permute(0, 3, 1, 2)
+
+
+def _check_arguments(
+    features: Sequence[torch.Tensor],
+    rois: torch.Tensor,
+    output_size: int,
+    spatial_scales: Sequence[float],
+    sampling: str,
+) -> None:
+    """Raise a ValueError that says what is wrong with the arguments of :func:`roi_warp_pyramid`."""
+    if sampling not in _SAMPLE_POSITIONS:
+        raise ValueError(f"sampling must be one of {sorted(_SAMPLE_POSITIONS)}, got {sampling!r}")
+    if output_size < 1:
+        raise ValueError(f"output_size must be at least 1, got {output_size}")
+    if rois.dim() != 2 or rois.shape[1] != 5:
+        raise ValueError(f"rois must be (R, 5): batch index, x1, y1, x2, y2; got {tuple(rois.shape)}")
+    if len(features) == 0 or len(features) != len(spatial_scales):
+        raise ValueError(f"{len(features)} feature maps with {len(spatial_scales)} spatial scales; give one each")
+    for x in features:
+        if x.dim() != 4 or not x.is_floating_point():
+            raise ValueError(f"features must be (N, C, H, W), floating point; got {tuple(x.shape)}, {x.dtype}")
+        if x.shape[:2] != features[0].shape[:2] or x.dtype != features[0].dtype:
+            raise ValueError(
+                "feature maps must agree in N, C and dtype; got "
+                + " and ".join(f"{tuple(y.shape)}, {y.dtype}" for y in (features[0], x))
+            )
+        if min(x.shape[0], x.shape[2], x.shape[3]) == 0 and rois.shape[0] > 0:
+            raise ValueError(f"{rois.shape[0]} RoIs, but nothing to sample in features of shape {tuple(x.shape)}")
+    # Reading values back from the device costs time that only somebody who searches for an error wants to spend.
+    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+        images = features[0].shape[0]
+        bad = ~(rois.isfinite().all(dim=1) & (rois[:, 0] >= 0) & (rois[:, 0] < images))
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{int(bad.sum())} of {len(rois)} RoIs are not finite or have a batch index outside [0, {images}); "
+                f"the first is RoI {first}: {rois[first].tolist()}"
+            )
 
 
 def _center_positions(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
@@ -109,8 +175,11 @@ _SAMPLE_POSITIONS = {"center": (_center_positions, 1.0), "caffe": (_caffe_positi
 
 def _round_straight_through(x: torch.Tensor) -> torch.Tensor:
     """Round half away from zero, with the gradient of the identity."""
-    rounded = torch.trunc(x + torch.copysign(torch.full_like(x, 0.5), x)).detach()
-    return rounded + (x - x.detach())
+    magnitude = x.detach().abs()
+    whole = magnitude.floor()
+    # Not floor(magnitude + 0.5): that sum rounds up for the largest number below 0.5.
+    whole = torch.where(magnitude - whole >= 0.5, whole + 1, whole)
+    return torch.copysign(whole, x.detach()) + (x - x.detach())
 
 
 def _bilinear_taps(position: torch.Tensor, size: torch.Tensor, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,12 +205,10 @@ def _bilinear_taps(position: torch.Tensor, size: torch.Tensor, reach: float) -> 
 
 
 class RoIWarp(nn.Module):
-    """:func:`roi_warp`, optionally sampled twice as densely and reduced by 2 x 2 max pooling as in the paper.
+    """:func:`roi_warp` as a module.
 
     Args:
-        output_size: side S of the result.
-        spatial_scale, sampling: as in :func:`roi_warp`.
-        max_pool: whether to warp to 2S x 2S and take the maximum of each 2 x 2 samples.
+        output_size, spatial_scale, sampling, max_pool: as in :func:`roi_warp`.
     """
 
     def __init__(
@@ -155,10 +222,7 @@ class RoIWarp(nn.Module):
 
     def forward(self, features: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
         """Return (R, C, S, S) for features (N, C, H, W) and rois (R, 5)."""
-        if not self.max_pool:
-            return roi_warp(features, rois, self.output_size, self.spatial_scale, self.sampling)
-        samples = roi_warp(features, rois, 2 * self.output_size, self.spatial_scale, self.sampling)
-        return F.max_pool2d(samples, kernel_size=2)
+        return roi_warp(features, rois, self.output_size, self.spatial_scale, self.sampling, self.max_pool)
 
     def extra_repr(self) -> str:
         return (

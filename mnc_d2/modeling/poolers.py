@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.modeling.poolers import assign_boxes_to_levels, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
 from torch import nn
@@ -64,6 +63,6 @@ class RoIWarpPooler(nn.Module):
             levels = assign_boxes_to_levels(
                 boxes, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
             )
-        size = self.output_size * self.sampling_ratio
-        samples = roi_warp_pyramid(features, rois, levels, size, self.scales, self.sampling)
-        return samples if self.sampling_ratio == 1 else F.max_pool2d(samples, kernel_size=2)
+        return roi_warp_pyramid(
+            features, rois, levels, self.output_size, self.scales, self.sampling, max_pool=self.sampling_ratio == 2
+        )

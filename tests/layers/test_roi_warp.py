@@ -1,7 +1,9 @@
 """RoI warp: values, derivatives to features and boxes, and what it does with degenerate input."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.autograd import gradcheck
 from torchvision.ops import roi_align
 
 from mnc_d2.layers import RoIWarp, roi_warp, roi_warp_pyramid
+from mnc_d2.layers.roi_warp import _round_straight_through
 
 SCALE = 0.25
 H, W = 9, 12  # of the feature map; the image is 36 x 48
@@ -46,6 +49,16 @@ def test_center_is_aligned_roi_align_with_one_sample(roi):
     torch.testing.assert_close(roi_warp(features, rois, 7, SCALE), expected, rtol=0, atol=1e-12)
 
 
+def test_center_is_aligned_roi_align_for_any_box():
+    features = make_features()
+    generator = torch.Generator().manual_seed(3)
+    # Corners up to an image's size outside of it, in any order.
+    corners = (3 * torch.rand(400, 4, generator=generator, dtype=torch.float64) - 1) * torch.tensor([48, 36, 48, 36])
+    rois = torch.cat((torch.arange(400)[:, None] % 2, corners), dim=1)
+    expected = roi_align(features, rois, 6, SCALE, sampling_ratio=1, aligned=True)
+    torch.testing.assert_close(roi_warp(features, rois, 6, SCALE), expected, rtol=0, atol=1e-12)
+
+
 def test_boxes_of_all_images_are_warped_at_once_in_their_order():
     features = make_features()
     expected = roi_align(features, ALL_ROIS, 5, SCALE, sampling_ratio=1, aligned=True)
@@ -63,15 +76,55 @@ def test_gradient_to_features_is_that_of_roi_align():
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("roi", ROIS.values(), ids=ROIS.keys())
-def test_gradient_to_the_box_is_the_derivative(roi):
-    features, rois = make_features(), torch.tensor([roi], dtype=torch.float64)
+# All samples of a box of no size are equal: their maximum has no derivative.
+SMOOTH_ROIS = [
+    pytest.param(roi, max_pool, id=f"{name}, {'max' if max_pool else 'plain'}")
+    for name, roi in ROIS.items()
+    for max_pool in (False, True)
+    if not (max_pool and name == "no size")
+]
 
-    def warp(coordinates):
-        return roi_warp(features, torch.cat((rois[:, :1], coordinates), dim=1), 3, SCALE)
 
-    # No sample of these boxes is within 1e-6 of a pixel centre, where the bilinear surface has its kinks.
-    assert gradcheck(warp, rois[:, 1:].clone().requires_grad_(), eps=1e-6, atol=1e-6)
+@pytest.mark.parametrize("roi, max_pool", SMOOTH_ROIS)
+def test_gradients_are_the_derivatives(roi, max_pool):
+    batch, box = torch.tensor([roi], dtype=torch.float64).split((1, 4), dim=1)
+
+    def warp(features, box):
+        return roi_warp(features, torch.cat((batch, box), dim=1), 4, SCALE, max_pool=max_pool)
+
+    # No sample of these boxes is within 1e-6 of a pixel centre, where the bilinear surface has its kinks, and no two
+    # samples of a bin are within 1e-6 of each other, where their maximum has one.
+    assert gradcheck(warp, (make_features().requires_grad_(), box.requires_grad_()), eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_pool", [False, True])
+def test_gradient_of_a_loss_is_its_central_difference(max_pool):
+    """As gradcheck, but of one scalar of boxes on two levels at once, and written down here."""
+    rois = torch.tensor([roi for name, roi in ROIS.items() if name != "no size"], dtype=torch.float64)
+    maps, scales = [make_features(), make_features()[:, :, :5, :6].flip(3).contiguous()], [SCALE, SCALE / 2]
+    levels = torch.arange(len(rois)) % 2
+    factors = torch.randn(len(rois), 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def loss(fine, coarse, rois):
+        warped = roi_warp_pyramid([fine, coarse], rois, levels, 4, scales, max_pool=max_pool)
+        return (factors * (3 * warped).sin()).sum()
+
+    inputs = [*maps, rois]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss(*leaves).backward()
+    step = 1e-6
+    for x, leaf in zip(inputs, leaves):
+        # Of the RoIs all but the batch index, of the maps every seventh pixel.
+        entries = [i for i in range(x.numel()) if (i % 5 != 0 if x is inputs[2] else i % 7 == 0)]
+        for i in entries:
+            value = x.view(-1)[i].item()
+            x.view(-1)[i] = value + step
+            above = loss(*inputs)
+            x.view(-1)[i] = value - step
+            below = loss(*inputs)
+            x.view(-1)[i] = value
+            # The loss is of order 10 and rounded to 1e-15: differences are good to 1e-8.
+            assert abs((above - below) / (2 * step) - leaf.grad.view(-1)[i]) < 1e-7
 
 
 def test_box_gradient_is_not_zero_inside():
@@ -125,6 +178,47 @@ def test_caffe_follows_the_slow_reference(roi, size):
     features, rois = make_features(), torch.tensor([roi], dtype=torch.float64)
     expected = slow_caffe_warp(features, rois, size, SCALE)
     torch.testing.assert_close(roi_warp(features, rois, size, SCALE, "caffe"), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("half", [0.5, 1.5, 2.5, 1048576.5])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_is_half_away_from_zero_to_the_last_bit(half, sign):
+    half = torch.tensor(half, dtype=torch.float32)
+    below, above = torch.nextafter(half, -half), torch.nextafter(half, 2 * half)
+    values = torch.stack((below, half, above)) * sign
+    expected = torch.tensor([half - 0.5, half + 0.5, half + 0.5]) * sign
+    assert torch.equal(_round_straight_through(values), expected)
+
+
+GOLDEN = np.load(Path(__file__).with_name("golden_roi_warp.npz"))
+
+
+def test_caffe_is_what_the_released_network_computes():
+    """The first pass samples 28 x 28 and takes the maximum of 2 x 2; the second samples 14 x 14.
+
+    The RoIs and their warped features are those of an independent re-creation of the authors' released network. The
+    features that they are taken from, the first 32 channels of conv5_3, are those of our own forward pass of the same
+    weights and image, which agrees with what is recorded of theirs.
+    """
+    features = torch.from_numpy(GOLDEN["features"])[None]
+    for suffix, max_pool in (("", True), ("_second_pass", False)):
+        rois = torch.from_numpy(GOLDEN["rois" + suffix])
+        result = roi_warp(features, rois, 14, 1 / 16, "caffe", max_pool)
+        # Values up to 5; 2e-5 is the noise of the convolutions.
+        torch.testing.assert_close(result, torch.from_numpy(GOLDEN["warp" + suffix]), rtol=0, atol=1e-4)
+
+
+def test_golden_data_are_those_of_the_released_network():
+    path = Path(__file__).parents[3] / "shared" / "golden" / "forward_2008_000533.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    original = np.load(path)
+    for suffix, theirs in (("", ""), ("_second_pass", "_ext")):
+        assert np.array_equal(GOLDEN["rois" + suffix], original["rois" + theirs][original["sub_rois"]])
+        assert np.array_equal(GOLDEN["warp" + suffix], original["warp_sub" + theirs])
+    features = GOLDEN["features"]
+    np.testing.assert_allclose(features[:16, 10:18, 10:18], original["conv5_3_slice"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(features.mean(axis=(1, 2)), original["conv5_3_channel_mean"][:32], rtol=0, atol=1e-5)
 
 
 def make_plane(slope_x, slope_y):
@@ -233,8 +327,8 @@ def test_half_precision_is_near_float32_also_far_from_the_origin(sampling, dtype
     rois = torch.tensor([[0, 1001.3, 1.2, 1043.1, 14.9]])
     expected = roi_warp(features.float(), rois, 7, SCALE, sampling)
     result = roi_warp(features, rois, 7, SCALE, sampling)
-    # Features in [0, 1]; the four weights are rounded, then the sum.
-    torch.testing.assert_close(result.float(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
+    # Features in [0, 1]: only the result is rounded.
+    torch.testing.assert_close(result.float(), expected, rtol=0, atol=torch.finfo(dtype).eps / 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -245,9 +339,73 @@ def test_half_precision_passes_gradients_to_features_and_boxes(sampling, dtype):
         rois = ALL_ROIS[:3].float().requires_grad_()
         roi_warp(features, rois, 4, SCALE, sampling).sum().backward()
         gradients.append((features.grad.float(), rois.grad))
-    for half, full in zip(*gradients):
-        # Sums of some tens of terms of order 1, each with a relative error of about eps.
-        torch.testing.assert_close(half, full, rtol=0, atol=16 * torch.finfo(dtype).eps)
+    (half_features, half_rois), (full_features, full_rois) = gradients
+    torch.testing.assert_close(half_features, full_features, rtol=torch.finfo(dtype).eps, atol=0)
+    # The gradient that arrives, 1, is exact in any dtype, and float32 from there on.
+    assert torch.equal(half_rois, full_rois)
+
+
+@pytest.mark.parametrize("batch", [-1, 2, math.nan, math.inf])
+def test_box_without_an_image_is_nan(sampling, batch):
+    rois = torch.tensor([ROIS["inside"], ROIS["inside"]], dtype=torch.float64)
+    expected = roi_warp(make_features(), rois[:1], 4, SCALE, sampling)
+    rois[1, 0] = batch
+    result = roi_warp(make_features(), rois, 4, SCALE, sampling)
+    assert torch.equal(result[:1], expected) and result[1].isnan().all()
+
+
+@pytest.mark.parametrize("column, value", [(0, 2), (0, -1), (1, math.nan), (3, math.inf), (4, -math.inf)])
+def test_anomaly_mode_names_a_box_that_cannot_be(sampling, column, value):
+    rois = ALL_ROIS[:3].clone()
+    rois[1, column] = value
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(ValueError, match="1 of 3 RoIs are not finite.*RoI 1:"):
+        roi_warp(make_features(), rois, 4, SCALE, sampling)
+    with torch.autograd.set_detect_anomaly(True):
+        roi_warp(make_features(), ALL_ROIS, 4, SCALE, sampling)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"output_size": 0}, "output_size must be at least 1, got 0"),
+        ({"rois": torch.zeros(3, 4)}, r"rois must be \(R, 5\).*got \(3, 4\)"),
+        ({"features": torch.zeros(3, 9, 12)}, r"features must be \(N, C, H, W\).*got \(3, 9, 12\)"),
+        ({"features": torch.zeros(1, 3, 9, 12, dtype=torch.long)}, "floating point.*int64"),
+        ({"features": torch.zeros(0, 3, 9, 12)}, r"nothing to sample in features of shape \(0, 3, 9, 12\)"),
+        ({"features": torch.zeros(1, 3, 9, 0)}, r"nothing to sample in features of shape \(1, 3, 9, 0\)"),
+    ],
+    ids=lambda x: None if isinstance(x, dict) else x[:20],
+)
+def test_bad_arguments_are_errors_that_name_them(change, message):
+    arguments = {"features": make_features(), "rois": ALL_ROIS, "output_size": 4, **change}
+    with pytest.raises(ValueError, match=message):
+        roi_warp(**arguments)
+
+
+def test_maps_of_a_pyramid_must_agree():
+    levels = torch.zeros(len(ALL_ROIS), dtype=torch.long)
+    with pytest.raises(ValueError, match="2 feature maps with 1 spatial scales"):
+        roi_warp_pyramid([make_features()] * 2, ALL_ROIS, levels, 4, [SCALE])
+    with pytest.raises(ValueError, match="agree in N, C and dtype.*float32"):
+        roi_warp_pyramid([make_features(), make_features().float()], ALL_ROIS, levels, 4, [SCALE] * 2)
+
+
+@pytest.mark.parametrize("output_size", [1, 3, 7])
+def test_max_pool_is_that_of_the_samples_and_so_are_its_gradients(sampling, output_size):
+    # Outside the map, samples are equal: the gradient must still go to one of them, the same as in PyTorch.
+    results = []
+    for fused in (False, True):
+        features, rois = make_features().requires_grad_(), ALL_ROIS.clone().requires_grad_()
+        if fused:
+            result = roi_warp(features, rois, output_size, SCALE, sampling, max_pool=True)
+        else:
+            result = F.max_pool2d(roi_warp(features, rois, 2 * output_size, SCALE, sampling), kernel_size=2)
+        factor = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append((result, *torch.autograd.grad(result, (features, rois), factor)))
+    (expected, *expected_gradients), (result, *gradients) = results
+    assert torch.equal(result, expected)
+    for gradient, expected in zip(gradients, expected_gradients):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
 def test_pyramid_takes_each_box_from_its_level(sampling):
@@ -263,11 +421,7 @@ def test_pyramid_takes_each_box_from_its_level(sampling):
 
 
 @pytest.mark.parametrize("max_pool", [False, True])
-def test_module_is_the_function_with_optional_max_pooling(sampling, max_pool):
-    features = make_features()
-    if max_pool:
-        expected = F.max_pool2d(roi_warp(features, ALL_ROIS, 8, SCALE, sampling), kernel_size=2)
-    else:
-        expected = roi_warp(features, ALL_ROIS, 4, SCALE, sampling)
+def test_module_is_the_function(sampling, max_pool):
     module = RoIWarp(4, SCALE, sampling, max_pool)
-    assert torch.equal(module(features, ALL_ROIS), expected)
+    expected = roi_warp(make_features(), ALL_ROIS, 4, SCALE, sampling, max_pool)
+    assert torch.equal(module(make_features(), ALL_ROIS), expected)
