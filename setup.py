@@ -20,8 +20,8 @@ setup(
     python_requires=">=3.9",
     # Detectron2 itself is not on the package index under its own name: see "Which Detectron2" in the README.
     install_requires=[
-        "torch>=2.0",
-        "torchvision>=0.15",
+        "torch>=2.4",
+        "torchvision>=0.19",
         "fvcore>=0.1.5.post20220512",
         "numpy>=1.22",
         "pillow>=9",

@@ -62,11 +62,10 @@ def roi_warp_pyramid(
     weights and the positions of the pixels, a few numbers a sample, are computed here under autograd, hence the
     gradient of the boxes. The sums and maxima over channels are :func:`mnc_d2.layers.bag_max.bag_max`.
 
-    Why so: on a CPU the embedding bags that it is made of take a third of the time of ROIAlign for the same samples,
-    because they go along the channels, and with the maximum taken chunk by chunk of the boxes no sample reaches the
-    main memory. One ``grid_sample`` of all boxes, products with sparse matrices and one bag of all samples, each
-    followed by the maximum, were slower; so was a loop of larger or smaller chunks. ``tests/benchmarks`` has the
-    figures.
+    Why so: embedding bags go along the channels, which on a CPU takes a small part of ROIAlign's time for the same
+    samples, and with the maximum taken chunk by chunk of the boxes no sample reaches the main memory. Measured and
+    slower: one ``grid_sample`` of all boxes, products with sparse matrices, one bag of all samples or one of all boxes
+    for each sample of a bin. ``tests/benchmarks`` compares with ROIAlign.
 
     Args:
         features: one (N, C, H_l, W_l) per level l.
