@@ -67,3 +67,9 @@ def add_mnc_config(cfg: CN) -> None:
 
     # "SGD" (the paper) or "ADAMW", which learns faster from random initialisation.
     cfg.SOLVER.OPTIMIZER = "SGD"
+
+    # Batches of IMS_PER_BATCH images whose gradients are averaged to one step of the optimizer. An iteration is one
+    # step, whatever this number. The authors: IMS_PER_BATCH 1, ACCUMULATE 8.
+    cfg.SOLVER.ACCUMULATE = 1
+    # With AMP.ENABLED: "float16" (with a loss scale), "bfloat16", or "auto": the first on a GPU, the second on the CPU.
+    cfg.SOLVER.AMP.PRECISION = "auto"
