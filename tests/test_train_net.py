@@ -44,10 +44,10 @@ OVERRIDES = [
 ]
 
 
-def run(arguments, **environment):
-    """Run train_net.py in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+def run(arguments, command=(sys.executable, SCRIPT)):
+    """Run train_net.py in a process of its own, on the CPU, by a command that the arguments are appended to."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(x) for x in (*command, *arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -133,19 +133,25 @@ def test_scalars_and_images_are_written_for_tensorboard(trained):
     assert any(path.name.startswith("events.out.tfevents") for path in output.iterdir())
 
 
-def test_eval_only_gives_the_ap_of_the_end_of_training(trained, coco_dataset, tmp_path):
+@pytest.mark.parametrize("processes", [[], ["--num-gpus", "2", "--dist-url", "auto"]], ids=["one process", "two"])
+def test_eval_only_gives_the_ap_of_the_end_of_training(trained, coco_dataset, tmp_path, processes):
     output, _ = trained
     weights = output / "model_final.pth"
     stdout = run_or_fail(
         arguments_for(
-            coco_dataset, tmp_path, "--eval-only", overrides=["MODEL.WEIGHTS", weights, "TEST.NUM_PICTURES", 0]
+            coco_dataset,
+            tmp_path,
+            "--eval-only",
+            *processes,
+            overrides=["MODEL.WEIGHTS", weights, "TEST.NUM_PICTURES", 0],
         )
     )
     rows = [line.split() for line in stdout[stdout.rindex("dataset") :].splitlines()]
     printed = {cells[1]: float(cells[2]) for cells in rows if cells[:1] == ["drawn"]}
     for task, ap in last_ap(output).items():
         assert printed[task] == pytest.approx(ap, abs=0.051)
-    assert f"checkpoint: {weights}" in stdout
+    assert stdout.count(f"checkpoint: {weights}") == 1
+    assert f"World size: {2 if processes else 1}" in stdout
     assert not (tmp_path / PLACES["pictures"]).exists()
 
 
