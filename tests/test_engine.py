@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.config import get_cfg
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mnc_d2 import add_mnc_config
 from mnc_d2.data import register_coco_dataset
@@ -66,6 +68,19 @@ def test_gradients_are_clipped_for_each_batch_on_its_own():
     run_steps(trainer)
     # The clipped part is 1 and 0.5. Had the losses been divided before, it would be 1 and 0.25.
     assert trainer.model.weight.grad.item() == (8 + 0.5 + 1 + 0.5) / 2
+
+
+def test_processes_exchange_gradients_once_an_iteration(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model, exchanges = DistributedDataParallel(Toy()), []
+        model.module.register_forward_hook(lambda *_: exchanges.append(model.require_backward_grad_sync))
+        trainer = AccumulatingTrainer(model, [1.0, 2.0, 6.0], torch.optim.SGD(model.parameters(), 0.5), num_batches=3)
+        run_steps(trainer)
+    finally:
+        dist.destroy_process_group()
+    assert exchanges == [False, False, True]
+    assert model.module.weight.item() == 2 - 3
 
 
 # ---- mixed precision

@@ -159,7 +159,9 @@ def test_resume_continues_at_the_iteration_after_the_last(trained, coco_dataset,
     trained_output, _ = trained
     output = tmp_path / "resumed"
     shutil.copytree(trained_output, output)
-    run_or_fail(arguments_for(coco_dataset, output, "--resume", iterations=ITERATIONS + 2))
+    # An iteration is a step of the optimizer, of however many batches.
+    overrides = ["SOLVER.ACCUMULATE", 2]
+    run_or_fail(arguments_for(coco_dataset, output, "--resume", iterations=ITERATIONS + 2, overrides=overrides))
     assert f"Starting training from iteration {ITERATIONS}" in (output / "log.txt").read_text()
     before, after = ((x / "metrics.json").read_text() for x in (trained_output, output))
     assert after.startswith(before)
@@ -216,6 +218,24 @@ def test_several_datasets_are_registered(configure, coco_dataset):
     )
     assert cfg.DATASETS.TRAIN == ("drawn", "again")
     assert len(DatasetCatalog.get("drawn")) == len(DatasetCatalog.get("again")) == 2
+
+
+def test_torchrun_and_num_gpus_exclude_each_other(configure, coco_dataset, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset]
+    configure(*arguments, *DRAWN)
+    with pytest.raises(ValueError, match="torchrun starts the processes already"):
+        configure(*arguments, "--num-gpus", 2, *DRAWN)
+
+
+def test_images_that_processes_cannot_share_are_named(configure, coco_dataset):
+    arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, "--num-gpus", 3, "--num-machines", 2]
+    overrides = [*DRAWN, "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH"]
+    configure("--eval-only", *arguments, *overrides, 3)
+    configure(*arguments, *overrides, 6)
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH is 3, for 6 processes"):
+        configure(*arguments, *overrides, 3)
 
 
 def test_overrides_win_over_the_file(configure, coco_dataset):
