@@ -9,6 +9,8 @@ from detectron2.structures import BitMasks, Instances
 from torch import nn
 from torchvision.ops import roi_align
 
+from ...layers import at_least_float32
+
 
 @ROI_MASK_HEAD_REGISTRY.register()
 class MaskRegressionHead(nn.Module):
@@ -43,9 +45,9 @@ class MaskRegressionHead(nn.Module):
         }
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return mask logits (R, m, m), float32, for pooled features (R, C, S, S)."""
+        """Return mask logits (R, m, m), at least float32, for pooled features (R, C, S, S)."""
         hidden = F.relu(self.fc1(features.flatten(1)))
-        return self.fc2(hidden).view(-1, self.mask_size, self.mask_size).float()
+        return at_least_float32(self.fc2(hidden)).view(-1, self.mask_size, self.mask_size)
 
 
 @torch.no_grad()
