@@ -22,6 +22,17 @@ def add_mnc_config(cfg: CN) -> None:
     mnc.NUM_PASSES_TRAIN = 2
     mnc.NUM_PASSES_TEST = 2
 
+    # Whether all passes have the same weights (the paper), or each of those that are trained its own; at inference,
+    # passes beyond them use the last.
+    mnc.SHARE_PASSES = True
+
+    # Feature maps that the mask head pools from; empty for those of the classifier, MODEL.ROI_HEADS.IN_FEATURES.
+    mnc.MASK_IN_FEATURES = []
+
+    # MODEL.BACKBONE.NAME "build_unshared_backbone" builds this one three times, for features "boxes.*", "masks.*" and
+    # "categories.*": the first row of the paper's ablation.
+    mnc.UNSHARED_BACKBONE = "build_resnet_backbone"
+
     # Where a later stage's loss flows back through an earlier stage's output (the causal gradients of section 3).
     # RPN boxes -> first pass:
     mnc.PROPOSAL_GRADIENT = True
@@ -61,6 +72,10 @@ def add_mnc_config(cfg: CN) -> None:
 
     # Mask voting: boxes with at least this IoU to a surviving box contribute their mask.
     mnc.VOTING_IOU_THRESHOLD = 0.5
+
+    # Folder of precomputed mask proposals for convolutional feature masking, see datasets/README.md; "" for none.
+    # DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN and _TEST limit their number.
+    cfg.DATASETS.MASK_PROPOSALS = ""
 
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0

@@ -1,0 +1,3 @@
+from .unshared import UnsharedBackbones, build_unshared_backbone
+
+__all__ = ["UnsharedBackbones", "build_unshared_backbone"]
