@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Callable
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -22,6 +21,7 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from mnc_d2 import add_mnc_config
+from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.data import num_classes_from_datasets, prepare_dataset, register_coco_dataset
 from mnc_d2.engine import MNCTrainer
 
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> dict:
     default_setup(cfg, args)
     if args.eval_only:
         model = MNCTrainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        MNCCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = MNCTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

@@ -77,6 +77,13 @@ def add_mnc_config(cfg: CN) -> None:
     # DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN and _TEST limit their number.
     cfg.DATASETS.MASK_PROPOSALS = ""
 
+    vgg = cfg.MODEL.VGG = CN()
+    # Stages of VGG-16 that the backbone returns, "conv1" to "conv5". MODEL.BACKBONE.FREEZE_AT counts them too: 2 keeps
+    # conv1 and conv2 as they were pretrained.
+    vgg.OUT_FEATURES = ["conv5"]
+    # Whether pooling rounds odd sizes up, as Caffe and so the authors' network does; torchvision's rounds down.
+    vgg.CEIL_MODE = False
+
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0
 

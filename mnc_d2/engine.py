@@ -6,17 +6,23 @@ import os
 
 import torch
 from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 
+from .checkpoint import MNCCheckpointer
 from .data import MNCDatasetMapper
 from .evaluation import PredictionPictures
 
 
 class MNCTrainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` with MNC's dataset mapper, COCO evaluation and pictures of predictions."""
+
+    def build_hooks(self) -> list[HookBase]:
+        # Detectron2's trainer has no method that builds its checkpointer. The hooks are the first to use it.
+        self.checkpointer = MNCCheckpointer(self.model, self.cfg.OUTPUT_DIR, **self.checkpointer.checkpointables)
+        return super().build_hooks()
 
     def train(self) -> dict:
         """Train; return the results of the evaluation at the end."""

@@ -1,4 +1,4 @@
-from .backbone import UnsharedBackbones
+from .backbone import VGG16, UnsharedBackbones
 from .mask_voting import vote_masks
 from .meta_arch import MultitaskNetworkCascade
 from .poolers import RoIWarpPooler
@@ -15,5 +15,6 @@ __all__ = [
     "Res5BoxHead",
     "RoIWarpPooler",
     "UnsharedBackbones",
+    "VGG16",
     "vote_masks",
 ]

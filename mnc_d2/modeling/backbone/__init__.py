@@ -1,3 +1,4 @@
 from .unshared import UnsharedBackbones, build_unshared_backbone
+from .vgg import VGG16, build_vgg_backbone
 
-__all__ = ["UnsharedBackbones", "build_unshared_backbone"]
+__all__ = ["UnsharedBackbones", "VGG16", "build_unshared_backbone", "build_vgg_backbone"]
