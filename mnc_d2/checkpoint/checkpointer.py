@@ -11,7 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from tabulate import tabulate
 
-from .conversion import convert_torchvision_vgg16, copy_to_heads
+from .conversion import convert_torchvision_vgg16, copy_to_all
 
 
 class MNCCheckpointer(DetectionCheckpointer):
@@ -58,7 +58,7 @@ class MNCCheckpointer(DetectionCheckpointer):
                 # Detectron2 renames and matches in one call; the copies have to be made in between.
                 checkpoint["model"], _ = convert_c2_detectron_names(checkpoint["model"])
                 del checkpoint["__author__"]  # else it would rename again
-            checkpoint["model"] = copy_to_heads(checkpoint["model"], model_keys)
+            checkpoint["model"] = copy_to_all(checkpoint["model"], model_keys)
         return super()._load_model(checkpoint)
 
     def _log_incompatible_keys(self, incompatible) -> None:

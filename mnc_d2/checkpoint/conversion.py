@@ -8,8 +8,11 @@ from collections.abc import Iterable
 
 import torch
 
-# A box head: that of Detectron2's heads, or one of the classifier's two paths; possibly one per pass of the cascade.
-_HEAD = re.compile(r"roi_heads\.(?:mask_path_head|box_path_head|box_head)\.(?:\d+\.)?(?P<name>.+)")
+# What a model may have several times. A box head: that of Detectron2's heads, or one of the classifier's two paths;
+# possibly one per pass of the cascade. A backbone: one for each task, where tasks share nothing.
+_COPY = re.compile(
+    r"(?:roi_heads\.(?:mask_path_head|box_path_head|box_head)\.(?:\d+\.)?|backbone\.backbones\.\w+\.)(?P<name>.+)"
+)
 
 # Torchvision numbers the layers of VGG-16, ReLU and pooling included.
 _VGG16_CONVS = {
@@ -35,9 +38,9 @@ def convert_torchvision_vgg16(
 ) -> dict[str, torch.Tensor]:
     """Rename the parameters of a torchvision VGG-16; any other state dict is returned as it is.
 
-    conv1_1 to conv5_3 become the backbone's. ``classifier.0`` and ``classifier.3``, the paper's fc6 and fc7, become fc1
-    and fc2 of every box head that the model has. Their inputs need no permutation: both sides flatten 7 x 7 features
-    as (C, 7, 7). ``classifier.6``, the ImageNet classes, keeps its name, which no model has.
+    conv1_1 to conv5_3 become those of every backbone. ``classifier.0`` and ``classifier.3``, the paper's fc6 and fc7,
+    become fc1 and fc2 of every box head that the model has. Their inputs need no permutation: both sides flatten 7 x 7
+    features as (C, 7, 7). ``classifier.6``, the ImageNet classes, keeps its name, which no model has.
 
     These weights expect RGB images in [0, 1], normalised with mean (0.485, 0.456, 0.406) and standard deviation (0.229,
     0.224, 0.225). For Detectron2, whose images go to 255, that is INPUT.FORMAT "RGB", MODEL.PIXEL_MEAN
@@ -61,47 +64,50 @@ def convert_torchvision_vgg16(
             "one of these networks that can be loaded: VGG of 16 layers without batch normalisation. It has weights in "
             f"{', '.join(sorted(layers, key=lambda layer: int(layer.split('.')[1])))}."
         )
-    heads = head_parameters(model_keys)
+    copies = copied_parameters(model_keys)
     converted = {}
     for key, value in plain.items():
         layer, _, kind = key.rpartition(".")
         if layer in _VGG16_CONVS:
-            names = [f"backbone.{_VGG16_CONVS[layer]}.{kind}"]
+            name = f"{_VGG16_CONVS[layer]}.{kind}"
+            names = copies.get(name, [f"backbone.{name}"])
         elif layer in _VGG16_FCS:
-            names = heads.get(f"{_VGG16_FCS[layer]}.{kind}", [key])
+            names = copies.get(f"{_VGG16_FCS[layer]}.{kind}", [key])
         else:
             names = [key]
         converted.update(dict.fromkeys(names, value))
     return converted
 
 
-def copy_to_heads(state_dict: dict[str, torch.Tensor], model_keys: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Give every box head of the model an entry of its own of what the checkpoint has once, such as ResNet's res5.
+def copy_to_all(state_dict: dict[str, torch.Tensor], model_keys: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Give every box head and backbone of the model an entry of its own of what the checkpoint has once.
+
+    ResNet's res5, for example, is the head of both paths of the classifier.
 
     Args:
         state_dict: tensors by name, the names without what the model has in front of them: "res5.0.conv1.weight".
         model_keys: the names in the model's state dict.
 
     Returns:
-        the state dict with such an entry under its full name in each head, and under its own if the model has it
+        the state dict with such an entry under its full name in each copy, and under its own if the model has it
         elsewhere as well. The tensor is the same object.
     """
-    heads = head_parameters(model_keys)
-    in_heads = {key for keys in heads.values() for key in keys}
-    elsewhere = [key for key in model_keys if key not in in_heads]
+    copies = copied_parameters(model_keys)
+    in_copies = {key for keys in copies.values() for key in keys}
+    elsewhere = [key for key in model_keys if key not in in_copies]
     result = {}
     for key, value in state_dict.items():
-        copies = heads.get(key, [])
-        result.update(dict.fromkeys(copies, value))
-        if not copies or any(name == key or name.endswith(f".{key}") for name in elsewhere):
+        names = copies.get(key, [])
+        result.update(dict.fromkeys(names, value))
+        if not names or any(name == key or name.endswith(f".{key}") for name in elsewhere):
             result[key] = value
     return result
 
 
-def head_parameters(model_keys: Iterable[str]) -> dict[str, list[str]]:
-    """Return, by name inside a box head ("fc1.weight"), the model's names of that parameter in all its box heads."""
-    heads = defaultdict(list)
+def copied_parameters(model_keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return, by name inside a copy ("fc1.weight"), the model's names of that parameter in all copies."""
+    copies = defaultdict(list)
     for key in model_keys:
-        if match := _HEAD.fullmatch(key):
-            heads[match["name"]].append(key)
-    return dict(heads)
+        if match := _COPY.fullmatch(key):
+            copies[match["name"]].append(key)
+    return dict(copies)

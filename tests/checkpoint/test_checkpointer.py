@@ -17,10 +17,10 @@ from torch import nn
 from torchvision.models import vgg, vgg13, vgg16, vgg16_bn
 
 from mnc_d2.checkpoint import MNCCheckpointer
-from mnc_d2.checkpoint.conversion import convert_torchvision_vgg16, copy_to_heads
+from mnc_d2.checkpoint.conversion import convert_torchvision_vgg16, copy_to_all
 from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import MNCTrainer
-from mnc_d2.modeling import VGG16
+from mnc_d2.modeling import VGG16, UnsharedBackbones
 
 FC_DIM = 6
 HIDDEN = (FC_DIM, 512 * 7 * 7)
@@ -94,6 +94,14 @@ def test_fc6_and_fc7_start_both_paths(vgg16_file):
     assert 0 < (expected > 0).float().mean()
     for name in PATHS:
         torch.testing.assert_close(model.roi_heads[name](x), expected)
+
+
+def test_backbones_that_share_nothing_all_start_from_it(vgg16_file):
+    path, features, _ = vgg16_file
+    model = load(Model(UnsharedBackbones({"boxes": VGG16(), "masks": VGG16()})), path)
+    for backbone in model.backbone.backbones.values():
+        assert torch.equal(backbone.conv1_1.weight, features[0].weight)
+        assert torch.equal(backbone.conv5_3.bias, features[28].bias)
 
 
 def test_fc6_and_fc7_start_the_box_head_of_a_faster_rcnn(vgg16_file):
@@ -242,7 +250,7 @@ def test_res5_that_the_backbone_has_too_goes_to_all_three(tmp_path):
 
 def test_an_entry_of_no_head_keeps_its_name():
     state_dict = {"res4.weight": torch.zeros(1), "nowhere": torch.zeros(1)}
-    assert copy_to_heads(state_dict, ["backbone.res4.weight", "roi_heads.box_head.fc1.weight"]) == state_dict
+    assert copy_to_all(state_dict, ["backbone.res4.weight", "roi_heads.box_head.fc1.weight"]) == state_dict
 
 
 # ---- files

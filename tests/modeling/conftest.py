@@ -51,8 +51,9 @@ def make_roi_heads():
         }
         heads = roi_heads(**arguments)
         # The initial weights of the outputs are so small that gradients through them would drown in rounding.
-        for layer in (heads.predictor.cls_score, heads.predictor.seg_cls_score, heads.predictor.bbox_pred):
-            torch.nn.init.normal_(layer.weight, std=0.3)
+        if isinstance(heads.predictor, MNCOutputLayers):
+            for layer in (heads.predictor.cls_score, heads.predictor.seg_cls_score, heads.predictor.bbox_pred):
+                torch.nn.init.normal_(layer.weight, std=0.3)
         if isinstance(heads.mask_head, MaskRegressionHead):
             for layer in (heads.mask_head.fc1, heads.mask_head.fc2):
                 torch.nn.init.normal_(layer.weight, std=0.3)

@@ -30,6 +30,10 @@ def test_every_config_builds_trains_and_detects(path):
     cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES == -1:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    # The fully connected layers and the number of RoIs are what takes memory and time.
+    cfg.merge_from_list(["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.MNC.MASK_FC_DIM", 16])
+    cfg.merge_from_list(["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16])
+    cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 20])
     torch.manual_seed(0)
     model = build_model(cfg)
 
