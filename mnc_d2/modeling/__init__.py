@@ -1,3 +1,4 @@
+from .backbone import TimmBackbone
 from .mask_voting import vote_masks
 from .meta_arch import MultitaskNetworkCascade
 from .poolers import RoIWarpPooler
@@ -11,5 +12,6 @@ __all__ = [
     "MaskRegressionHead",
     "MultitaskNetworkCascade",
     "RoIWarpPooler",
+    "TimmBackbone",
     "vote_masks",
 ]

@@ -1,0 +1,3 @@
+from .timm import TimmBackbone
+
+__all__ = ["TimmBackbone"]
