@@ -18,6 +18,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from mnc_d2 import add_mnc_config
@@ -77,6 +78,8 @@ def main(args: argparse.Namespace) -> dict:
     """Run one process of the training or evaluation; return the results of the evaluation."""
     cfg = build_config(args)
     default_setup(cfg, args)
+    # That gives handlers to Detectron2's loggers only.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mnc_d2")
     if args.eval_only:
         model = MNCTrainer.build_model(cfg)
         MNCCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

@@ -84,6 +84,19 @@ def add_mnc_config(cfg: CN) -> None:
     # Whether pooling rounds odd sizes up, as Caffe and so the authors' network does; torchvision's rounds down.
     vgg.CEIL_MODE = False
 
+    # Convolutional networks of the package timm: build_timm_backbone and build_timm_fpn_backbone.
+    timm = cfg.MODEL.TIMM = CN()
+    # As timm.list_models() lists it.
+    timm.NAME = "tf_efficientnet_lite0"
+    # Feature maps, named by stride as those of ResNets: "res2" has stride 4, "res3" 8, "res4" 16, "res5" 32.
+    # MODEL.BACKBONE.FREEZE_AT k freezes the layers up to "res<k>"; the stem is what comes before stride 2, "res1".
+    timm.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # "FrozenBN": statistics and affine parameters are constants, for batches of few images; "BN": they are trained.
+    timm.NORM = "FrozenBN"
+    # Initial weights, read only where MODEL.WEIGHTS, which covers the backbone, is empty: the path of a classifier's
+    # state dict (.pth, .safetensors), "package:NAME" for the one in the installed Python package NAME, or "" for none.
+    timm.WEIGHTS = ""
+
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0
 

@@ -1,4 +1,4 @@
-from .backbone import VGG16, UnsharedBackbones
+from .backbone import VGG16, TimmBackbone, UnsharedBackbones
 from .mask_voting import vote_masks
 from .meta_arch import MultitaskNetworkCascade
 from .poolers import RoIWarpPooler
@@ -14,6 +14,7 @@ __all__ = [
     "MultitaskNetworkCascade",
     "Res5BoxHead",
     "RoIWarpPooler",
+    "TimmBackbone",
     "UnsharedBackbones",
     "VGG16",
     "vote_masks",

