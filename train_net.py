@@ -16,14 +16,15 @@ import sys
 from collections.abc import Callable
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from mnc_d2 import add_mnc_config
+from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.data import num_classes_from_datasets, prepare_dataset, register_coco_dataset
 from mnc_d2.engine import (
     MNCTrainer,
@@ -128,6 +129,8 @@ def main(args: argparse.Namespace) -> None:
     """Run one process of the training or evaluation, which has joined the others, and part from them."""
     cfg = build_config(args)
     default_setup(cfg, args)
+    # That gives handlers to Detectron2's loggers only.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mnc_d2")
     if args.eval_only:
         results, weights = evaluate(cfg, args.resume), cfg.MODEL.WEIGHTS
     else:
@@ -140,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate a checkpoint; return the results, empty in all processes but the main one."""
     model = MNCTrainer.build_model(cfg)
-    DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    MNCCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = MNCTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

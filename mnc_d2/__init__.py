@@ -1,6 +1,7 @@
 """Multi-task Network Cascades (Dai, He, Sun, CVPR 2016) as a Detectron2 extension.
 
-Importing this package registers its components in Detectron2's registries and its datasets in Detectron2's catalogs.
+Importing this package registers its components in Detectron2's registries, its datasets in Detectron2's catalogs,
+and "torchvision://" as a place of weights.
 """
 
 import importlib.util
@@ -11,7 +12,7 @@ if importlib.util.find_spec("detectron2") is None:
         "`pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'`."
     )
 
-from . import data, modeling  # noqa: E402, F401  (imported for their registrations)
+from . import checkpoint, data, modeling  # noqa: E402, F401  (imported for their registrations)
 from .config import add_mnc_config  # noqa: E402
 
 __version__ = "0.1.0"

@@ -22,6 +22,17 @@ def add_mnc_config(cfg: CN) -> None:
     mnc.NUM_PASSES_TRAIN = 2
     mnc.NUM_PASSES_TEST = 2
 
+    # Whether all passes have the same weights (the paper), or each of those that are trained its own; at inference,
+    # passes beyond them use the last.
+    mnc.SHARE_PASSES = True
+
+    # Feature maps that the mask head pools from; empty for those of the classifier, MODEL.ROI_HEADS.IN_FEATURES.
+    mnc.MASK_IN_FEATURES = []
+
+    # MODEL.BACKBONE.NAME "build_unshared_backbone" builds this one three times, for features "boxes.*", "masks.*" and
+    # "categories.*": the first row of the paper's ablation.
+    mnc.UNSHARED_BACKBONE = "build_resnet_backbone"
+
     # Where a later stage's loss flows back through an earlier stage's output (the causal gradients of section 3).
     # RPN boxes -> first pass:
     mnc.PROPOSAL_GRADIENT = True
@@ -61,6 +72,30 @@ def add_mnc_config(cfg: CN) -> None:
 
     # Mask voting: boxes with at least this IoU to a surviving box contribute their mask.
     mnc.VOTING_IOU_THRESHOLD = 0.5
+
+    # Folder of precomputed mask proposals for convolutional feature masking, see datasets/README.md; "" for none.
+    # DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN and _TEST limit their number.
+    cfg.DATASETS.MASK_PROPOSALS = ""
+
+    vgg = cfg.MODEL.VGG = CN()
+    # Stages of VGG-16 that the backbone returns, "conv1" to "conv5". MODEL.BACKBONE.FREEZE_AT counts them too: 2 keeps
+    # conv1 and conv2 as they were pretrained.
+    vgg.OUT_FEATURES = ["conv5"]
+    # Whether pooling rounds odd sizes up, as Caffe and so the authors' network does; torchvision's rounds down.
+    vgg.CEIL_MODE = False
+
+    # Convolutional networks of the package timm: build_timm_backbone and build_timm_fpn_backbone.
+    timm = cfg.MODEL.TIMM = CN()
+    # As timm.list_models() lists it.
+    timm.NAME = "tf_efficientnet_lite0"
+    # Feature maps, named by stride as those of ResNets: "res2" has stride 4, "res3" 8, "res4" 16, "res5" 32.
+    # MODEL.BACKBONE.FREEZE_AT k freezes the layers up to "res<k>"; the stem is what comes before stride 2, "res1".
+    timm.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # "FrozenBN": statistics and affine parameters are constants, for batches of few images; "BN": they are trained.
+    timm.NORM = "FrozenBN"
+    # Initial weights, read only where MODEL.WEIGHTS, which covers the backbone, is empty: the path of a classifier's
+    # state dict (.pth, .safetensors), "package:NAME" for the one in the installed Python package NAME, or "" for none.
+    timm.WEIGHTS = ""
 
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0

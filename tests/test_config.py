@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 
 from mnc_d2 import add_mnc_config
+from mnc_d2.model_zoo import get_config
 from mnc_d2.modeling import MNCROIHeads
 
 # Config keys that MNCROIHeads takes as they are, its argument of each, and a value that is not the default.
@@ -83,6 +84,52 @@ def test_the_two_paths_have_weights_of_their_own(cfg):
     heads = build(cfg)
     assert heads.mask_path_head is not heads.box_path_head
     assert heads.predictor.cls_score.in_features == 16
+
+
+def test_passes_that_share_nothing_have_heads_of_their_own(cfg):
+    cfg.MODEL.MNC.SHARE_PASSES = False
+    cfg.MODEL.MNC.NUM_PASSES_TRAIN = 3
+    heads = build(cfg)
+    for modules in (heads.mask_head, heads.mask_path_head, heads.box_path_head, heads.predictor):
+        assert len(modules) == 3 and len({id(x) for module in modules for x in module.parameters()}) == len(
+            list(modules.parameters())
+        )
+
+
+def flatten(node, prefix=""):
+    """The keys of a config and their values."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_rows_of_the_ablation_differ_only_in_their_switches():
+    folder = "PascalVOC-InstanceSegmentation/mnc_VGG_16_"
+    rows = [
+        dict(flatten(get_config(f"{folder}{name}.yaml")))
+        for name in ("5stage", "3stage", "3stage_stepwise", "3stage_unshared")
+    ]
+    changes = [
+        {key: (first[key], second[key]) for key in first if first[key] != second[key]}
+        for first, second in zip(rows, rows[1:])
+    ]
+    assert changes == [
+        {"MODEL.MNC.NUM_PASSES_TRAIN": (2, 1)},
+        {
+            "MODEL.MNC.PROPOSAL_GRADIENT": (True, False),
+            "MODEL.MNC.BOX_GRADIENT": (True, False),
+            "MODEL.MNC.MASK_GRADIENT": ("foreground", "none"),
+        },
+        {
+            "MODEL.BACKBONE.NAME": ("build_vgg_backbone", "build_unshared_backbone"),
+            "MODEL.RPN.IN_FEATURES": (["conv5"], ["boxes.conv5"]),
+            "MODEL.ROI_HEADS.IN_FEATURES": (["conv5"], ["categories.conv5"]),
+            "MODEL.MNC.UNSHARED_BACKBONE": ("build_resnet_backbone", "build_vgg_backbone"),
+            "MODEL.MNC.MASK_IN_FEATURES": ([], ["masks.conv5"]),
+        },
+    ]
 
 
 @pytest.mark.parametrize("key", ["NUM_PASSES_TRAIN", "NUM_PASSES_TEST"])

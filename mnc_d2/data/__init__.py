@@ -4,6 +4,7 @@ from detectron2.data import DatasetCatalog
 
 from .coco import num_classes_from_datasets, register_coco_dataset
 from .mapper import MNCDatasetMapper
+from .mask_proposals import mask_proposals_path, save_mask_proposals
 from .shapes import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, prepare_dataset, prepare_shapes, register_shapes
 
 __all__ = [
@@ -11,11 +12,13 @@ __all__ = [
     "SHAPES_CLASSES",
     "SHAPES_SPLITS",
     "ShapesSpec",
+    "mask_proposals_path",
     "num_classes_from_datasets",
     "prepare_dataset",
     "prepare_shapes",
     "register_coco_dataset",
     "register_shapes",
+    "save_mask_proposals",
 ]
 
 for _name, _spec in SHAPES_SPLITS.items():

@@ -1,5 +1,7 @@
 """From a dataset's record to the training Instances of MNC: every instance has a mask tensor, not every one a mask."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks
+
+from .mask_proposals import load_mask_proposals, mask_proposals_path, transform_mask_proposals
 
 __all__ = ["MNCDatasetMapper"]
 
@@ -29,11 +33,21 @@ class MNCDatasetMapper(DatasetMapper):
     """
 
     @configurable
-    def __init__(self, is_train: bool, *, instance_mask_format: str = "bitmask", **kwargs: Any):
+    def __init__(
+        self,
+        is_train: bool,
+        *,
+        instance_mask_format: str = "bitmask",
+        mask_proposals: str = "",
+        mask_proposals_limit: int | None = None,
+        **kwargs: Any,
+    ):
         """
         Args:
             is_train: whether to give the ground truth along with the image.
             instance_mask_format: must be "bitmask".
+            mask_proposals: folder of precomputed mask proposals; "" for none.
+            mask_proposals_limit: at most this many of them are given, the best.
             kwargs: as for DatasetMapper.
 
         Raises:
@@ -44,6 +58,20 @@ class MNCDatasetMapper(DatasetMapper):
                 f"INPUT.MASK_FORMAT is '{instance_mask_format}'. MNC needs 'bitmask'; annotations may be of any format."
             )
         super().__init__(is_train, instance_mask_format=instance_mask_format, **kwargs)
+        self.augmentations = _RememberingAugmentations(self.augmentations.augs)
+        self.mask_proposals = mask_proposals
+        self.mask_proposals_limit = mask_proposals_limit
+
+    @classmethod
+    def from_config(cls, cfg, is_train: bool = True) -> dict[str, Any]:
+        datasets = cfg.DATASETS
+        return {
+            **super().from_config(cfg, is_train),
+            "mask_proposals": datasets.get("MASK_PROPOSALS", ""),
+            "mask_proposals_limit": (
+                datasets.PRECOMPUTED_PROPOSAL_TOPK_TRAIN if is_train else datasets.PRECOMPUTED_PROPOSAL_TOPK_TEST
+            ),
+        }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Read and transform one image, and in training its annotations.
@@ -52,18 +80,26 @@ class MNCDatasetMapper(DatasetMapper):
             dataset_dict: a record in Detectron2's dataset format; it is not changed.
 
         Returns:
-            The record with "image" (uint8 (3, H, W)) and, in training, "instances" in place of "annotations".
+            The record with "image" (uint8 (3, H, W)), in training "instances" in place of "annotations" and, if there
+            is a folder of them, "proposals": see :func:`mnc_d2.data.mask_proposals.transform_mask_proposals`.
 
         Raises:
-            OSError: the image cannot be read; the message names the file.
+            OSError: the image cannot be read, or its mask proposals are not there; the message names the file.
+            ValueError: its mask proposals are not what they must be.
             detectron2.data.detection_utils.SizeMismatchError: the image's size is not the record's.
         """
         try:
-            return super().__call__(dataset_dict)
+            result = super().__call__(dataset_dict)
         except (OSError, SyntaxError) as e:  # Pillow reports broken PNG chunks as SyntaxError
             raise OSError(
                 f"Image {dataset_dict['file_name']} cannot be read ({e}). Replace it or remove it from the dataset."
             ) from e
+        if self.mask_proposals:
+            path = mask_proposals_path(self.mask_proposals, dataset_dict["file_name"])
+            proposals = load_mask_proposals(path, self.mask_proposals_limit)
+            image_size = tuple(result["image"].shape[1:])
+            result["proposals"] = transform_mask_proposals(proposals, self.augmentations.last, image_size)
+        return result
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
@@ -99,3 +135,16 @@ class MNCDatasetMapper(DatasetMapper):
 
         instances = utils.filter_empty_instances(instances, by_mask=False)
         dataset_dict["instances"] = instances[instances.gt_masks.nonempty() | ~instances.gt_has_mask]
+
+
+class _RememberingAugmentations(T.AugmentationList):
+    """Augmentations that keep the transforms of the image that they were last applied to.
+
+    Detectron2's mapper hands those to annotations only.
+    """
+
+    last: T.TransformList
+
+    def __call__(self, aug_input: T.AugInput) -> T.TransformList:
+        self.last = super().__call__(aug_input)
+        return self.last

@@ -1,4 +1,13 @@
 from .gradient import clip_gradient, inside_image, pass_gradient
+from .precision import at_least_float32
 from .roi_warp import RoIWarp, roi_warp, roi_warp_pyramid
 
-__all__ = ["RoIWarp", "clip_gradient", "inside_image", "pass_gradient", "roi_warp", "roi_warp_pyramid"]
+__all__ = [
+    "RoIWarp",
+    "at_least_float32",
+    "clip_gradient",
+    "inside_image",
+    "pass_gradient",
+    "roi_warp",
+    "roi_warp_pyramid",
+]

@@ -66,7 +66,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         inputs = batched_inputs[0]
         image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0), self.input_format)
         with inference_context(self):
-            (output,) = self.inference([{"image": inputs["image"]}])
+            (output,) = self.inference([{key: inputs[key] for key in ("image", "proposals") if key in inputs}])
         detections = output["instances"].to("cpu")
         detections = detections[:20]
         target = inputs["instances"]

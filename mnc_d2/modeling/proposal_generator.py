@@ -6,7 +6,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.structures import Boxes, Instances
 
-from ..layers import clip_gradient, inside_image, pass_gradient
+from ..layers import at_least_float32, clip_gradient, inside_image, pass_gradient
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -67,7 +67,7 @@ class CausalRPN(RPN):
             one Instances per image with ``proposal_boxes`` and ``objectness_logits``, highest first.
         """
         # Scores are compared in float32, whatever autocast made of them.
-        pred_objectness_logits = [x.float() for x in pred_objectness_logits]
+        pred_objectness_logits = [at_least_float32(x) for x in pred_objectness_logits]
         if not (self.training and self.proposal_gradient):
             return super().predict_proposals(anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
 

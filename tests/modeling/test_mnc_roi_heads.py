@@ -291,3 +291,24 @@ def test_wrong_arguments_are_errors_that_name_the_key(make_roi_heads, arguments,
 def test_training_without_targets_is_an_error(make_roi_heads, make_map, make_proposals):
     with pytest.raises(ValueError, match="targets"):
         make_roi_heads()(None, make_map(), [make_proposals(GT)])
+
+
+def test_passes_with_weights_of_their_own_use_them(make_roi_heads, make_map, make_proposals, make_target, random_boxes):
+    """Pass 1 of both cascades is the same; pass 2 has other weights, and passes beyond take the last."""
+    names = ("mask_head", "mask_path_head", "box_path_head", "predictor")
+    first, second = make_roi_heads(seed=0), make_roi_heads(seed=1)
+    modules = {name: nn.ModuleList([getattr(first, name), getattr(second, name)]) for name in names}
+    separate = make_roi_heads(**modules)
+    shared = make_roi_heads(seed=0)
+    boxes = random_boxes(12)
+    losses = []
+    for heads in (separate, shared):
+        torch.manual_seed(0)
+        losses.append(heads(None, make_map(), [make_proposals(boxes)], [make_target(GT, [1, 0])])[1])
+    assert all(torch.equal(losses[0][name], losses[1][name]) == (name[-1] in "23") for name in losses[0])
+    # The gradient of the losses of pass 2 reaches its own weights.
+    sum(loss for name, loss in losses[0].items() if name[-1] in "45").backward()
+    assert all(x.grad is not None for name in names for x in getattr(second, name).parameters())
+    separate.eval().num_passes_test = 3
+    results, _ = separate(None, make_map(), [make_proposals(boxes)])
+    assert len(results[0]) > 0

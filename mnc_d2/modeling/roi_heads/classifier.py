@@ -7,7 +7,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Instances
 from torch import nn
 
-from ...layers import clip_gradient
+from ...layers import at_least_float32, clip_gradient
 
 
 class MNCOutputLayers(FastRCNNOutputLayers):
@@ -38,13 +38,13 @@ class MNCOutputLayers(FastRCNNOutputLayers):
             features: (R, ...), the joint features of each RoI.
 
         Returns:
-            box-level logits (R, C + 1), mask-level logits (R, C + 1), box deltas (R, 4 (C + 1)); float32.
+            box-level logits (R, C + 1), mask-level logits (R, C + 1), box deltas (R, 4 (C + 1)); at least float32.
         """
         features = features.flatten(1)
         return (
-            self.cls_score(features).float(),
-            self.seg_cls_score(features).float(),
-            self.bbox_pred(features).float(),
+            at_least_float32(self.cls_score(features)),
+            at_least_float32(self.seg_cls_score(features)),
+            at_least_float32(self.bbox_pred(features)),
         )
 
     def losses(

@@ -1,5 +1,7 @@
 """Stages 2, 4, ...: regression of a class-agnostic mask in each box (section 3.2), its targets and its loss."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -8,6 +10,8 @@ from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from detectron2.structures import BitMasks, Instances
 from torch import nn
 from torchvision.ops import roi_align
+
+from ...layers import at_least_float32
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -43,25 +47,27 @@ class MaskRegressionHead(nn.Module):
         }
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return mask logits (R, m, m), float32, for pooled features (R, C, S, S)."""
+        """Return mask logits (R, m, m), at least float32, for pooled features (R, C, S, S)."""
         hidden = F.relu(self.fc1(features.flatten(1)))
-        return self.fc2(hidden).view(-1, self.mask_size, self.mask_size).float()
+        return at_least_float32(self.fc2(hidden)).view(-1, self.mask_size, self.mask_size)
+
+
+class MaskTargets(NamedTuple):
+    """The mask of the instance that each of R RoIs is matched to."""
+
+    coverage: torch.Tensor  # (R, m, m), float32, as returned by crop_masks
+    area: torch.Tensor  # (R,), float32, of the whole instance, in image pixels
+    has_mask: torch.Tensor  # (R,), bool
 
 
 @torch.no_grad()
-def mask_targets(
-    proposals: list[Instances], targets: list[Instances], size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mask_targets(proposals: list[Instances], targets: list[Instances], size: int) -> MaskTargets:
     """Look up the mask of the instance that each RoI is matched to.
 
     Args:
         proposals: one per image, with ``proposal_boxes`` and ``gt_index``; R in all.
         targets: one per image, with ``gt_masks`` (BitMasks or PolygonMasks) and, optionally, ``gt_has_mask``.
         size: m.
-
-    Returns:
-        coverage (R, m, m) as returned by :func:`crop_masks`; area of the whole instance (R,) in image pixels;
-        whether it has a mask (R,), bool.
     """
     coverage, areas, has_mask = [], [], []
     for proposal, target in zip(proposals, targets):
@@ -78,7 +84,7 @@ def mask_targets(
         coverage.append(crop_masks(masks.tensor, index, boxes, size))
         areas.append(masks.tensor.sum(dim=(1, 2)).to(boxes)[index])
         has_mask.append(present[index])
-    return torch.cat(coverage), torch.cat(areas), torch.cat(has_mask)
+    return MaskTargets(torch.cat(coverage), torch.cat(areas), torch.cat(has_mask))
 
 
 @torch.no_grad()

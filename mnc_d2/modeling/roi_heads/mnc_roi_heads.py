@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,33 +11,23 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROIHeads, build_box_head, build_mask_head
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
-from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from ...layers import inside_image, pass_gradient
 from ..mask_voting import vote_masks
 from ..poolers import RoIWarpPooler
 from .classifier import MNCOutputLayers
-from .mask_head import instance_mask_iou, mask_loss, mask_targets
+from .mask_head import MaskTargets, instance_mask_iou, mask_loss, mask_targets
+from .metrics import log_metrics, masked_mean
+from .outputs import PassOutput, gather_by_image
 from .sampling import sample_rois
-
-
-@dataclass
-class _PassOutput:
-    """What one pass makes of the R boxes of all images."""
-
-    boxes: list[Boxes]  # one per image
-    masks: torch.Tensor  # (R, m, m), probabilities
-    scores: torch.Tensor  # (R, C + 1), box-level logits
-    mask_scores: torch.Tensor  # (R, C + 1), mask-level logits
-    deltas: torch.Tensor  # (R, 4 (C + 1))
 
 
 @ROI_HEADS_REGISTRY.register()
 class MNCROIHeads(ROIHeads):
     """The cascade after the RPN: each pass regresses a mask in every box, then classifies the box and its mask.
 
-    All passes share their weights. The boxes of a pass are those that the pass before regressed.
+    The boxes of a pass are those that the pass before regressed. All passes share their weights, or each has its own.
     """
 
     @configurable
@@ -66,9 +56,13 @@ class MNCROIHeads(ROIHeads):
         next_box_background: bool = True,
         voting_iou_threshold: float = 0.5,
         mask_on: bool = True,
+        mask_in_features: list[str] | None = None,
         **kwargs,
     ) -> None:
         """
+        The four heads are modules that all passes share, or a ModuleList each, with one module per pass; passes beyond
+        its length take the last.
+
         Args:
             in_features: names of the feature maps to pool from.
             pooler: RoI warp to S x S.
@@ -86,6 +80,7 @@ class MNCROIHeads(ROIHeads):
             mask_target_threshold, mask_threshold, mask_iou_threshold, mask_loss_weight, next_box_background,
                 voting_iou_threshold: see :func:`mnc_d2.add_mnc_config`.
             mask_on: whether inference returns masks, by mask voting; if not, boxes only, scored at box level.
+            mask_in_features: names of the feature maps that the mask head pools from; by default ``in_features``.
             kwargs: those of Detectron2's ``ROIHeads``.
         """
         super().__init__(**kwargs)
@@ -120,6 +115,7 @@ class MNCROIHeads(ROIHeads):
         self.next_box_background = next_box_background
         self.voting_iou_threshold = voting_iou_threshold
         self.mask_on = mask_on
+        self.mask_in_features = mask_in_features or in_features
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
@@ -135,18 +131,23 @@ class MNCROIHeads(ROIHeads):
         size = pooler.output_size
         resolution = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
         classifier_shape = ShapeSpec(channels=channels, height=resolution, width=resolution)
-        mask_path_head = build_box_head(cfg, classifier_shape)
-        box_path_head = build_box_head(cfg, classifier_shape)
-        path_shape = box_path_head.output_shape
+
+        def per_pass(build: Callable[[], nn.Module]) -> nn.Module:
+            return build() if mnc.SHARE_PASSES else nn.ModuleList(build() for _ in range(mnc.NUM_PASSES_TRAIN))
+
+        mask_path_head = per_pass(lambda: build_box_head(cfg, classifier_shape))
+        box_path_head = per_pass(lambda: build_box_head(cfg, classifier_shape))
+        path_shape = _module_of_pass(box_path_head, 0).output_shape
         path_size = path_shape.channels * (path_shape.height or 1) * (path_shape.width or 1)
         return {
             **super().from_config(cfg),
             "in_features": in_features,
+            "mask_in_features": mnc.MASK_IN_FEATURES,
             "pooler": pooler,
-            "mask_head": build_mask_head(cfg, ShapeSpec(channels=channels, height=size, width=size)),
+            "mask_head": per_pass(lambda: build_mask_head(cfg, ShapeSpec(channels=channels, height=size, width=size))),
             "mask_path_head": mask_path_head,
             "box_path_head": box_path_head,
-            "predictor": MNCOutputLayers(cfg, ShapeSpec(channels=2 * path_size)),
+            "predictor": per_pass(lambda: MNCOutputLayers(cfg, ShapeSpec(channels=2 * path_size))),
             "classifier_resolution": resolution,
             "num_passes_train": mnc.NUM_PASSES_TRAIN,
             "num_passes_test": mnc.NUM_PASSES_TEST,
@@ -185,10 +186,9 @@ class MNCROIHeads(ROIHeads):
             In inference: the detections (see :meth:`inference`), and no losses.
         """
         del images
-        maps = [features[name] for name in self.in_features]
         boxes = [x.proposal_boxes for x in proposals]
         if not self.training:
-            return self.inference(maps, boxes, [x.image_size for x in proposals]), {}
+            return self.inference(features, boxes, [x.image_size for x in proposals]), {}
         if targets is None:
             raise ValueError("MNCROIHeads needs targets in training")
 
@@ -200,13 +200,13 @@ class MNCROIHeads(ROIHeads):
                 labelled = first_proposals = self.label_proposals(boxes, targets, sample=True)
             else:
                 labelled = self.label_proposals(_append_boxes(boxes, targets), targets, sample=False)
-            output, pass_losses, pass_metrics = self._train_pass(maps, labelled, targets)
+            output, pass_losses, pass_metrics = self._train_pass(index, features, labelled, targets)
             stage = 2 * (index + 1)
             losses.update({f"{name}_s{stage + ('mask' not in name)}": loss for name, loss in pass_losses.items()})
             metrics.update({f"s{stage + ('mask' not in name)}/{name}": value for name, value in pass_metrics.items()})
             if index + 1 < self.num_passes_train:
                 boxes = self._next_boxes(output, [x.image_size for x in targets])
-        _log_metrics(metrics)
+        log_metrics(metrics)
         return first_proposals, losses
 
     def label_proposals(self, boxes: list[Boxes], targets: list[Instances], sample: bool) -> list[Instances]:
@@ -218,8 +218,9 @@ class MNCROIHeads(ROIHeads):
             sample: whether to draw ``batch_size_per_image`` of the boxes; else all stay, but those labelled ignore.
 
         Returns:
-            one Instances per image with ``proposal_boxes``, ``gt_classes`` (background: ``num_classes``), ``gt_boxes``
-            and ``gt_index`` (of the matched instance; both mean nothing for background).
+            one Instances per image with ``proposal_boxes``, ``proposal_index`` (of the box among those given),
+            ``gt_classes`` (background: ``num_classes``), ``gt_boxes`` and ``gt_index`` (of the matched instance; both
+            mean nothing for background).
         """
         labelled = []
         for boxes_of_image, target in zip(boxes, targets):
@@ -247,6 +248,7 @@ class MNCROIHeads(ROIHeads):
                     keep = (classes >= 0).nonzero().squeeze(1)
             result = Instances(target.image_size)
             result.proposal_boxes = boxes_of_image[keep]
+            result.proposal_index = keep
             result.gt_classes = classes[keep]
             result.gt_index = matched[keep]
             # Without ground truth, all is background and any box will do.
@@ -256,25 +258,39 @@ class MNCROIHeads(ROIHeads):
         return labelled
 
     def _train_pass(
-        self, maps: list[torch.Tensor], proposals: list[Instances], targets: list[Instances]
-    ) -> tuple[_PassOutput, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        self, index: int, features: dict[str, torch.Tensor], proposals: list[Instances], targets: list[Instances]
+    ) -> tuple[PassOutput, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Run one pass on labelled proposals; return its output, its losses and its accuracies."""
+        mask_features, pooled = self._pool(features, [x.proposal_boxes for x in proposals])
+        logits = _module_of_pass(self.mask_head, index)(mask_features)
+        truth = mask_targets(proposals, targets, logits.shape[-1])
+        output, losses, metrics = self._train_classifier(index, pooled, logits.sigmoid(), proposals, truth)
+        valid = _foreground(proposals, self.num_classes) & truth.has_mask
+        loss = mask_loss(logits, truth.coverage, valid, self.mask_target_threshold)
+        return output, {"loss_mask": self.mask_loss_weight * loss, **losses}, metrics
+
+    def _train_classifier(
+        self, index: int, pooled: torch.Tensor, masks: torch.Tensor, proposals: list[Instances], truth: MaskTargets
+    ) -> tuple[PassOutput, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Label masks, and classify features under them.
+
+        Args:
+            index: of the pass.
+            pooled: (R, C, S, S), features of the proposals.
+            masks: (R, m, m), probabilities.
+            proposals: labelled, one per image; they are given ``gt_mask_classes``.
+            truth: masks of the matched instances.
+
+        Returns:
+            the output of the pass, the classifier's losses, and accuracies.
+        """
         boxes = [x.proposal_boxes for x in proposals]
         classes = torch.cat([x.gt_classes for x in proposals])
-        foreground = classes < self.num_classes
-        pooled = self.pooler(maps, boxes)
-
-        logits = self.mask_head(pooled)
-        masks = logits.sigmoid()
-        coverage, areas, has_mask = mask_targets(proposals, targets, logits.shape[-1])
-        valid = foreground & has_mask
-        losses = {"loss_mask": self.mask_loss_weight * mask_loss(logits, coverage, valid, self.mask_target_threshold)}
-
-        mask_ious = instance_mask_iou(
-            masks >= self.mask_threshold, coverage, torch.cat([x.tensor for x in boxes]).detach(), areas
-        )
+        foreground = _foreground(proposals, self.num_classes)
+        box_tensor = torch.cat([x.tensor for x in boxes]).detach()
+        mask_ious = instance_mask_iou(masks >= self.mask_threshold, truth.coverage, box_tensor, truth.area)
         # Without a mask to compare to, the mask-level label is the box-level one (mixed supervision).
-        mask_foreground = foreground & ((mask_ious >= self.mask_iou_threshold) | ~has_mask)
+        mask_foreground = foreground & ((mask_ious >= self.mask_iou_threshold) | ~truth.has_mask)
         mask_classes = classes.masked_fill(~mask_foreground, self.num_classes)
         for proposal, labels in zip(proposals, mask_classes.split([len(x) for x in proposals])):
             proposal.gt_mask_classes = labels
@@ -283,34 +299,44 @@ class MNCROIHeads(ROIHeads):
             masks = masks.detach()
         elif self.mask_gradient == "foreground":
             masks = pass_gradient(masks, mask_foreground[:, None, None])
-        predictions = self._classify(pooled, masks)
-        losses.update(self.predictor.losses(predictions, proposals))
+        predictions = self._classify(index, pooled, masks)
+        losses = _module_of_pass(self.predictor, index).losses(predictions, proposals)
         metrics = {
-            "mask_iou": _mean(mask_ious, valid),
-            "cls_accuracy": _mean(predictions[0].argmax(dim=1) == classes),
-            "fg_cls_accuracy": _mean(predictions[0].argmax(dim=1) == classes, foreground),
-            "seg_cls_accuracy": _mean(predictions[1].argmax(dim=1) == mask_classes),
+            "mask_iou": masked_mean(mask_ious, foreground & truth.has_mask),
+            "cls_accuracy": masked_mean(predictions[0].argmax(dim=1) == classes),
+            "fg_cls_accuracy": masked_mean(predictions[0].argmax(dim=1) == classes, foreground),
+            "seg_cls_accuracy": masked_mean(predictions[1].argmax(dim=1) == mask_classes),
             "num_fg": foreground.sum() / len(proposals),
             "num_seg_fg": mask_foreground.sum() / len(proposals),
         }
-        return _PassOutput(boxes, masks, *predictions), losses, metrics
+        return PassOutput(index, boxes, masks, *predictions), losses, metrics
 
-    def _classify(self, pooled: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _pool(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features (R, C, S, S) of the boxes for the mask head and for the classifier."""
+        pooled = self.pooler([features[name] for name in self.in_features], boxes)
+        if self.mask_in_features == self.in_features:
+            return pooled, pooled
+        return self.pooler([features[name] for name in self.mask_in_features], boxes), pooled
+
+    def _classify(
+        self, index: int, pooled: torch.Tensor, masks: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stage 3: classify features (R, C, S, S) under masks (R, m, m); returns what the predictor does."""
         stride = self.pooler.output_size // self.classifier_resolution
         if masks.shape[-1] != pooled.shape[-1]:
             masks = F.interpolate(masks[:, None], size=pooled.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         masked = pooled * masks[:, None].to(pooled.dtype)
-        mask_path = self.mask_path_head(F.max_pool2d(masked, stride))
-        box_path = self.box_path_head(F.max_pool2d(pooled, stride))
-        return self.predictor(torch.cat((mask_path.flatten(1), box_path.flatten(1)), dim=1))
+        mask_path = _module_of_pass(self.mask_path_head, index)(F.max_pool2d(masked, stride))
+        box_path = _module_of_pass(self.box_path_head, index)(F.max_pool2d(pooled, stride))
+        joint = torch.cat((mask_path.flatten(1), box_path.flatten(1)), dim=1)
+        return _module_of_pass(self.predictor, index)(joint)
 
-    def _next_boxes(self, output: _PassOutput, image_sizes: list[tuple[int, int]]) -> list[Boxes]:
+    def _next_boxes(self, output: PassOutput, image_sizes: list[tuple[int, int]]) -> list[Boxes]:
         """Regress the boxes of the next pass with the deltas of each box's best class, and clip them to the image."""
         allow_background = self.next_box_background and not self.training
         scores = output.mask_scores if allow_background else output.mask_scores[:, : self.num_classes]
         tensor = torch.cat([x.tensor for x in output.boxes])
-        regressed = self.predictor.regress_boxes(
+        regressed = _module_of_pass(self.predictor, output.index).regress_boxes(
             tensor, output.deltas, scores.detach().argmax(dim=1), self.delta_gradient_clip
         )
         if not self.box_gradient:
@@ -325,12 +351,12 @@ class MNCROIHeads(ROIHeads):
         return next_boxes
 
     def inference(
-        self, maps: list[torch.Tensor], boxes: list[Boxes], image_sizes: list[tuple[int, int]]
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes], image_sizes: list[tuple[int, int]]
     ) -> list[Instances]:
         """Run the cascade and reduce the candidates of all passes to detections.
 
         Args:
-            maps: feature maps to pool from.
+            features: the backbone's feature maps by name.
             boxes: proposals, one per image, in image pixels.
             image_sizes: (height, width) of each image.
 
@@ -343,39 +369,44 @@ class MNCROIHeads(ROIHeads):
         for index in range(self.num_passes_test):
             if index > 0:
                 boxes = self._next_boxes(outputs[-1], image_sizes)
-            pooled = self.pooler(maps, boxes)
-            masks = self.mask_head(pooled).sigmoid()
-            outputs.append(_PassOutput(boxes, masks, *self._classify(pooled, masks)))
+            mask_features, pooled = self._pool(features, boxes)
+            masks = _module_of_pass(self.mask_head, index)(mask_features).sigmoid()
+            outputs.append(PassOutput(index, boxes, masks, *self._classify(index, pooled, masks)))
+        return self._detect(outputs, image_sizes)
+
+    def _detect(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
         return (
             self._detect_instances(outputs, image_sizes) if self.mask_on else self._detect_boxes(outputs, image_sizes)
         )
 
-    def _detect_instances(self, outputs: list[_PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
-        boxes = _gather([torch.cat([x.tensor for x in o.boxes]) for o in outputs], outputs)
-        masks = _gather([o.masks for o in outputs], outputs)
-        scores = _gather([o.mask_scores.softmax(dim=1)[:, : self.num_classes] for o in outputs], outputs)
+    def _detect_instances(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
+        predictor = _module_of_pass(self.predictor, 0)  # the thresholds are those of any pass
+        boxes = gather_by_image([torch.cat([x.tensor for x in o.boxes]) for o in outputs], outputs)
+        masks = gather_by_image([o.masks for o in outputs], outputs)
+        scores = gather_by_image([o.mask_scores.softmax(dim=1)[:, : self.num_classes] for o in outputs], outputs)
         return [
             vote_masks(
                 *candidates,
                 image_size,
-                score_threshold=self.predictor.test_score_thresh,
-                nms_threshold=self.predictor.test_nms_thresh,
+                score_threshold=predictor.test_score_thresh,
+                nms_threshold=predictor.test_nms_thresh,
                 voting_iou_threshold=self.voting_iou_threshold,
                 mask_threshold=self.mask_threshold,
-                max_detections=self.predictor.test_topk_per_image,
+                max_detections=predictor.test_topk_per_image,
             )
             for *candidates, image_size in zip(boxes, scores, masks, image_sizes)
         ]
 
-    def _detect_boxes(self, outputs: list[_PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
-        boxes = [self.predictor.predict_class_boxes(torch.cat([x.tensor for x in o.boxes]), o.deltas) for o in outputs]
+    def _detect_boxes(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
+        predictor = _module_of_pass(self.predictor, 0)
+        boxes = [predictor.predict_class_boxes(torch.cat([x.tensor for x in o.boxes]), o.deltas) for o in outputs]
         detections, _ = fast_rcnn_inference(
-            _gather(boxes, outputs),
-            _gather([o.scores.softmax(dim=1) for o in outputs], outputs),
+            gather_by_image(boxes, outputs),
+            gather_by_image([o.scores.softmax(dim=1) for o in outputs], outputs),
             image_sizes,
-            self.predictor.test_score_thresh,
-            self.predictor.test_nms_thresh,
-            self.predictor.test_topk_per_image,
+            predictor.test_score_thresh,
+            predictor.test_nms_thresh,
+            predictor.test_topk_per_image,
         )
         return detections
 
@@ -393,33 +424,23 @@ class MNCROIHeads(ROIHeads):
         """
         if not self.mask_on:
             return instances
-        pooled = self.pooler([features[name] for name in self.in_features], [x.pred_boxes for x in instances])
-        masks = self.mask_head(pooled).sigmoid()
+        mask_features, _ = self._pool(features, [x.pred_boxes for x in instances])
+        masks = _module_of_pass(self.mask_head, self.num_passes_test - 1)(mask_features).sigmoid()
         for instance, masks_of_image in zip(instances, masks.split([len(x) for x in instances])):
             instance.pred_masks = masks_of_image[:, None]
         return instances
 
 
+def _module_of_pass(modules: nn.Module, index: int) -> nn.Module:
+    """The module of a pass, where it may be that of all passes, or of a ModuleList with one per pass."""
+    return modules[min(index, len(modules) - 1)] if isinstance(modules, nn.ModuleList) else modules
+
+
+def _foreground(proposals: list[Instances], num_classes: int) -> torch.Tensor:
+    """Which labelled proposals of all images are foreground by their box: (R,), bool."""
+    return torch.cat([x.gt_classes for x in proposals]) < num_classes
+
+
 def _append_boxes(boxes: list[Boxes], targets: list[Instances]) -> list[Boxes]:
     """Append the ground-truth boxes of each image to its boxes."""
     return [Boxes.cat([x, target.gt_boxes]) for x, target in zip(boxes, targets)]
-
-
-def _gather(tensors: list[torch.Tensor], outputs: list[_PassOutput]) -> list[torch.Tensor]:
-    """Regroup one tensor per pass, (R, ...) over all images, into one per image over all passes."""
-    per_pass = [tensor.split([len(x) for x in output.boxes]) for tensor, output in zip(tensors, outputs)]
-    return [torch.cat(per_image) for per_image in zip(*per_pass)]
-
-
-def _mean(values: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of the values (R,) where the mask (R,) is true; NaN if it is nowhere."""
-    values = values.detach().float()
-    return values.mean() if where is None else (values * where).sum() / where.sum()
-
-
-def _log_metrics(metrics: dict[str, torch.Tensor]) -> None:
-    """Write scalars to Detectron2's event storage, with one transfer from the device; undefined ones are left out."""
-    storage = get_event_storage()
-    for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):
-        if value == value:
-            storage.put_scalar(name, value)

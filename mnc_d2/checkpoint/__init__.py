@@ -1,0 +1,4 @@
+from .catalog import TorchvisionHandler
+from .checkpointer import MNCCheckpointer
+
+__all__ = ["MNCCheckpointer", "TorchvisionHandler"]

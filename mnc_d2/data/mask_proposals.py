@@ -1,0 +1,128 @@
+"""Precomputed mask proposals, one .npz file per image: what convolutional feature masking (CFM) classifies."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
+
+_SUPPORTED_TRANSFORMS = (T.NoOpTransform, T.ResizeTransform, T.HFlipTransform, T.VFlipTransform, T.CropTransform)
+
+
+def mask_proposals_path(folder: str | os.PathLike, image_file: str | os.PathLike) -> Path:
+    """Where the mask proposals of an image lie: in ``folder``, under the image's name without its extension."""
+    return Path(folder) / f"{Path(image_file).stem}.npz"
+
+
+def save_mask_proposals(path: str | os.PathLike, boxes: np.ndarray, masks: np.ndarray, scores: np.ndarray) -> None:
+    """Write the mask proposals of one image; the file is there completely or not at all.
+
+    Args:
+        path: see :func:`mask_proposals_path`.
+        boxes: (P, 4), float32, x1, y1, x2, y2 in pixels of the image as it is on disk.
+        masks: (P, m, m), bool or uint8 (0 to 255 for probabilities of 0 to 1), in the frame of the box.
+        scores: (P,), float32, higher is better.
+
+    Raises:
+        ValueError: shapes or dtypes are others.
+    """
+    arrays = {"boxes": np.asarray(boxes, np.float32), "masks": np.asarray(masks), "scores": np.asarray(scores)}
+    _check(arrays, path)
+    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".part", delete=False) as file:
+        try:
+            np.savez_compressed(file, **arrays)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, path)
+
+
+def load_mask_proposals(path: str | os.PathLike, limit: int | None = None) -> Instances:
+    """Read the mask proposals of one image, best first.
+
+    Args:
+        path: see :func:`mask_proposals_path`.
+        limit: the largest number to return.
+
+    Returns:
+        Instances without an image size, (0, 0), with ``proposal_boxes``, ``objectness_logits`` (P,), float32, and
+        ``proposal_masks`` (P, m, m), float32, in [0, 1].
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there, or not what :func:`save_mask_proposals` writes.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"Mask proposals {path} do not exist. DATASETS.MASK_PROPOSALS must be a folder with one file per image, "
+            "named after the image."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("boxes", "masks", "scores")}
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"Mask proposals {path} cannot be read: {error}") from error
+    _check(arrays, path)
+    order = np.argsort(-arrays["scores"], kind="stable")[:limit]
+    masks = torch.from_numpy(arrays["masks"][order])
+    proposals = Instances((0, 0))
+    proposals.proposal_boxes = Boxes(torch.from_numpy(arrays["boxes"][order]))
+    proposals.objectness_logits = torch.from_numpy(arrays["scores"][order]).float()
+    proposals.proposal_masks = masks.float() if masks.dtype == torch.bool else masks.float() / 255
+    return proposals
+
+
+def transform_mask_proposals(
+    proposals: Instances, transforms: T.TransformList, image_size: tuple[int, int]
+) -> Instances:
+    """Move mask proposals along with their image.
+
+    Args:
+        proposals: as returned by :func:`load_mask_proposals`.
+        transforms: resizing, flips and crops. Boxes that a crop cuts reach out of the image afterwards, so that their
+            masks remain masks of the whole box.
+        image_size: (height, width) after the transforms.
+
+    Returns:
+        those of them that overlap the image, of this size.
+
+    Raises:
+        ValueError: any other transform.
+    """
+    flip_x = flip_y = False
+    for transform in transforms.transforms:
+        if not isinstance(transform, _SUPPORTED_TRANSFORMS):
+            raise ValueError(f"Mask proposals cannot follow {type(transform).__name__}; use resizing, flips and crops.")
+        flip_x ^= isinstance(transform, T.HFlipTransform)
+        flip_y ^= isinstance(transform, T.VFlipTransform)
+    height, width = image_size
+    boxes = Boxes(torch.from_numpy(transforms.apply_box(proposals.proposal_boxes.tensor.numpy())).float())
+    x1, y1, x2, y2 = boxes.tensor.unbind(dim=1)
+    result = Instances(image_size)
+    result.proposal_boxes = boxes
+    result.objectness_logits = proposals.objectness_logits
+    result.proposal_masks = proposals.proposal_masks.flip([axis for axis, flip in ((1, flip_y), (2, flip_x)) if flip])
+    return result[(x1.clamp(min=0) < x2.clamp(max=width)) & (y1.clamp(min=0) < y2.clamp(max=height))]
+
+
+def _check(arrays: dict[str, np.ndarray], path: str | os.PathLike) -> None:
+    boxes, masks, scores = arrays["boxes"], arrays["masks"], arrays["scores"]
+    count = len(boxes)
+    if boxes.shape != (count, 4) or scores.shape != (count,) or masks.ndim != 3 or masks.shape[0] != count:
+        raise ValueError(
+            f"Mask proposals {path}: expected boxes (P, 4), masks (P, m, m) and scores (P,), "
+            f"got {boxes.shape}, {masks.shape} and {scores.shape}"
+        )
+    if masks.shape[1] != masks.shape[2] or masks.dtype not in (np.bool_, np.uint8):
+        raise ValueError(
+            f"Mask proposals {path}: masks must be square, bool or uint8, got {masks.shape}, {masks.dtype}"
+        )
+    if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+        raise ValueError(f"Mask proposals {path}: boxes and scores must be finite")
+    bad = ((boxes[:, 2:] <= boxes[:, :2]).any(axis=1)).nonzero()[0]
+    if len(bad):
+        raise ValueError(f"Mask proposals {path}: box {bad[0]} has no area: {boxes[bad[0]].tolist()}")
