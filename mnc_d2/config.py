@@ -72,6 +72,8 @@ def add_mnc_config(cfg: CN) -> None:
 
     # Mask voting: boxes with at least this IoU to a surviving box contribute their mask.
     mnc.VOTING_IOU_THRESHOLD = 0.5
+    # How masks are rendered and sampled there: "center" (Detectron2's conventions) or "caffe" (the released code).
+    mnc.VOTING_SAMPLING = "center"
 
     # Folder of precomputed mask proposals for convolutional feature masking, see datasets/README.md; "" for none.
     # DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN and _TEST limit their number.

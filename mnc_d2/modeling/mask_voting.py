@@ -1,13 +1,15 @@
 """Mask voting: overlapping candidates of all passes merge their masks into each detection (section 4, inference)."""
 
-import torch
-from detectron2.layers import batched_nms
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from __future__ import annotations
 
-from ..layers import roi_warp
+from typing import NamedTuple
+
+import torch
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from torchvision.ops import nms
 
 # Pixels rendered at once, over all voters: bounds the memory to 4 bytes times this, some times over.
-_MAX_RENDERED_PIXELS = 2**25
+_MAX_RENDERED_PIXELS = 2**23
 
 
 @torch.no_grad()
@@ -22,13 +24,13 @@ def vote_masks(
     voting_iou_threshold: float = 0.5,
     mask_threshold: float = 0.4,
     max_detections: int = 100,
+    sampling: str = "center",
 ) -> Instances:
     """Reduce the candidates of one image to detections.
 
     Boxes that survive a class-wise NMS are the detections. The mask of each is the average of the masks of all
-    candidates that overlap it, weighted by their score for its class and rendered in the image, where a pixel belongs
-    to a box if its centre lies inside. The box of a detection is the tight box of the resulting mask; if no pixel
-    reaches the threshold, it stays what it was. Candidates that are not finite are left out.
+    candidates that overlap it, weighted by their score for its class and rendered in the image. The box of a detection
+    is the tight box of the resulting mask. Candidates that are not finite are left out.
 
     Args:
         boxes: (K, 4), in image pixels; they may reach out of the image.
@@ -40,71 +42,205 @@ def vote_masks(
         voting_iou_threshold: candidates whose box has at least this IoU to a survivor vote for its mask.
         mask_threshold: a pixel belongs to a detection from this averaged probability on.
         max_detections: over all classes.
+        sampling: "center": boxes are continuous, a pixel belongs to a box if its centre lies inside and takes the value
+            of the mask there, bilinearly between the centres of the texels; a detection without any pixel keeps its
+            box. "caffe" reproduces the authors' released code: boxes hold the coordinates of the corner pixels, both
+            inclusive, pixels and texels are sampled at their top-left corners, the last row and column of texels
+            without interpolation, a pixel must be above ``mask_threshold``, and a detection without any pixel becomes
+            the pixel in the middle of the image.
 
     Returns:
         Instances with ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks`` (D, 1, m, m), float32, the
-        averaged probabilities in the frame of ``pred_boxes``; highest score first.
+        averaged probabilities in the frame of ``pred_boxes``, highest score first; ``candidates`` (D,), int64, the
+        index of the candidate that survived, and ``num_voters`` (D,), int64.
     """
+    if sampling not in ("center", "caffe"):
+        raise ValueError(f'sampling must be "center" or "caffe", got {sampling!r}')
+    caffe = sampling == "caffe"
     finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1) & masks.isfinite().all(dim=2).all(dim=1)
-    boxes, scores, masks = (x[finite].float() for x in (boxes, scores, masks))
-    candidate, cls = (scores > score_threshold).nonzero(as_tuple=True)
-    kept = batched_nms(boxes[candidate], scores[candidate, cls], cls, nms_threshold)[:max_detections]
-    survivor, cls = candidate[kept], cls[kept]
-
-    result = Instances(image_size)
-    result.scores = scores[survivor, cls]
-    result.pred_classes = cls
-    weights = _voting_weights(boxes, scores, survivor, cls, voting_iou_threshold)  # (D, K)
-    voter = weights.any(dim=0).nonzero().squeeze(1)
-    merged = _merge_masks(boxes[voter], masks[voter], weights[:, voter], image_size)  # (D, H, W)
-    tight = _tight_boxes(merged >= mask_threshold)
-    empty = (tight[:, 2] <= tight[:, 0])[:, None]
-    result.pred_boxes = Boxes(torch.where(empty, boxes[survivor], tight))
-    result.pred_boxes.clip(image_size)
-    rois = torch.cat((torch.arange(len(tight), device=boxes.device)[:, None].to(boxes), result.pred_boxes.tensor), 1)
-    result.pred_masks = roi_warp(merged[:, None], rois, masks.shape[-1])
-    return result
-
-
-def _voting_weights(
-    boxes: torch.Tensor, scores: torch.Tensor, survivor: torch.Tensor, cls: torch.Tensor, threshold: float
-) -> torch.Tensor:
-    """Weight of each candidate's mask in each detection: (D, K), each row adds up to 1."""
-    votes = pairwise_iou(Boxes(boxes[survivor]), Boxes(boxes)) >= threshold
+    given = finite.nonzero().squeeze(1)
+    boxes, scores, masks = (x[given].float() for x in (boxes, scores, masks))
+    # Areas of boxes with inclusive corners are those of boxes that end one pixel further.
+    extents = Boxes(boxes + boxes.new_tensor([0, 0, 1, 1]) if caffe else boxes)
+    survivor, cls = select_detections(extents.tensor, scores, score_threshold, nms_threshold, max_detections)
+    votes = pairwise_iou(extents[survivor], extents) >= voting_iou_threshold  # (D, K)
     # A box without area has no IoU, not even with itself.
     votes[torch.arange(len(survivor), device=boxes.device), survivor] = True
     weights = scores[:, cls].T * votes
-    return weights / weights.sum(dim=1, keepdim=True)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+
+    maps = _merge_masks(boxes, masks, weights, votes, image_size, mask_threshold, caffe)
+    tight = maps.tight_boxes
+    empty = (tight[:, 2] <= tight[:, 0])[:, None]
+    height, width = image_size
+    if caffe:
+        middle = tight.new_tensor([width // 2, height // 2, width // 2 + 1, height // 2 + 1])
+        tight = torch.where(empty, middle, tight)
+    else:
+        tight = torch.where(empty, boxes[survivor], tight)
+        tight = torch.minimum(tight.clamp(min=0), tight.new_tensor([width, height, width, height]))
+    result = Instances(image_size)
+    result.pred_boxes = Boxes(tight - tight.new_tensor([0, 0, 1, 1]) if caffe else tight)
+    result.scores = scores[survivor, cls]
+    result.pred_classes = cls
+    result.pred_masks = _sample_maps(maps, tight, masks.shape[-1], image_size, caffe)[:, None]
+    result.candidates = given[survivor]
+    result.num_voters = votes.sum(dim=1)
+    return result
+
+
+def select_detections(
+    boxes: torch.Tensor, scores: torch.Tensor, score_threshold: float, nms_threshold: float, limit: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class-wise NMS of boxes that all classes share, for all classes at once.
+
+    Args:
+        boxes: (K, 4), float32.
+        scores: (K, C).
+        score_threshold: only higher scores take part.
+        nms_threshold: a box is suppressed by a better one of its class whose IoU with it is greater.
+        limit: number of survivors that are wanted, over all classes.
+
+    Returns:
+        the best survivors, highest score first: indices into ``boxes`` (D,), and classes (D,); int64.
+    """
+    candidate, cls = (scores > score_threshold).nonzero(as_tuple=True)
+    candidate_scores, order = scores[candidate, cls].sort(descending=True, stable=True)
+    candidate, cls = candidate[order], cls[order]
+    # Boxes of different classes are moved apart, in float64, which resolves them wherever they go. What is worse than
+    # the last survivor wanted cannot suppress it: mostly, a small part of the candidates will do.
+    extent = (boxes.max() - boxes.min()).double() + 1 if len(boxes) else 1
+    count = 10 * limit
+    while True:
+        moved = boxes[candidate[:count]].double() + (cls[:count] * extent)[:, None]
+        kept = nms(moved, candidate_scores[:count].double(), nms_threshold)[:limit]
+        if len(kept) == limit or count >= len(candidate):
+            return candidate[kept], cls[kept]
+        count *= 4
+
+
+class _MergedMaps(NamedTuple):
+    """The averaged mask of each of D detections in a region of the image, outside which it is 0."""
+
+    values: torch.Tensor  # (sum of the regions' areas,), float32: the maps one after another, row by row
+    start: torch.Tensor  # (D,), int64, of each map in `values`
+    regions: torch.Tensor  # (D, 4), int64: x1, y1, x2, y2, far corner exclusive
+    tight_boxes: torch.Tensor  # (D, 4), float32, around the pixels of the threshold; without extent if there is none
 
 
 def _merge_masks(
-    boxes: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor, image_size: tuple[int, int]
-) -> torch.Tensor:
-    """Render masks (K, m, m) of boxes (K, 4) in the image and add them up with weights (D, K): (D, H, W)."""
+    boxes: torch.Tensor,
+    masks: torch.Tensor,
+    weights: torch.Tensor,
+    votes: torch.Tensor,
+    image_size: tuple[int, int],
+    threshold: float,
+    caffe: bool,
+) -> _MergedMaps:
+    """Render masks (K, m, m) of boxes (K, 4) in the image and add them up with weights (D, K), those of votes (D, K).
+
+    Detections that have voters in common, directly or by others, are one group. What lies outside the boxes of its
+    voters is no concern of a group; within, its voters are rendered once and added up by one matrix product. The loop
+    over groups reads their sizes once, before it starts.
+    """
+    if len(votes) == 0:
+        none = boxes.new_zeros(0, 4)
+        return _MergedMaps(boxes.new_zeros(0), none.long()[:, 0], none.long(), none)
     height, width = image_size
-    rows = _rendering_weights(boxes[:, 1], boxes[:, 3], height, masks.shape[1])  # (K, H, m)
-    columns = _rendering_weights(boxes[:, 0], boxes[:, 2], width, masks.shape[2])  # (K, W, m)
-    strip = max(1, _MAX_RENDERED_PIXELS // max(1, len(boxes) * width))
+    groups, group_of = _group_by_common_voters(votes).unique(return_inverse=True)
+    group_votes = torch.stack([votes[group_of == g].any(dim=0) for g in range(len(groups))])  # (groups, K)
+    # One pixel more on each side: samples between the last pixel inside and the first outside need that.
+    low = boxes[:, :2].floor() - 1
+    high = boxes[:, 2:].floor() + 3
+    limit = boxes.new_tensor([width, height])
+    low = torch.where(group_votes[..., None], low, torch.inf).amin(dim=1).clamp(min=0).minimum(limit - 1)
+    high = torch.where(group_votes[..., None], high, -torch.inf).amax(dim=1).clamp(min=1).minimum(limit)
+    group_regions = torch.cat((low, high.maximum(low + 1)), dim=1).long()  # (groups, 4)
+
+    values, tight, order = [], [], []
+    for g, region in enumerate(group_regions.tolist()):
+        members, voters = (group_of == g).nonzero().squeeze(1), group_votes[g].nonzero().squeeze(1)
+        merged = _add_up(boxes[voters], masks[voters], weights[members][:, voters], region, caffe)
+        inside = merged > threshold if caffe else merged >= threshold
+        tight.append(_tight_boxes(inside) + boxes.new_tensor(region[:2] * 2))
+        values.append(merged.flatten())
+        order.append(members)
+    order = torch.cat(order)
+    regions = group_regions[group_of]
+    sizes = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1]))[order]
+    back = order.argsort()
+    return _MergedMaps(torch.cat(values), (sizes.cumsum(0) - sizes)[back], regions, torch.cat(tight)[back])
+
+
+def _group_by_common_voters(votes: torch.Tensor) -> torch.Tensor:
+    """Number the connected components of detections that share a voter, votes (D, K): (D,), int64."""
+    connected = (votes.float() @ votes.float().T) > 0
+    # Squaring doubles the length of the chains that are followed.
+    for _ in range(len(votes).bit_length()):
+        connected = (connected.float() @ connected.float()) > 0
+    return connected.to(torch.uint8).argmax(dim=1)
+
+
+def _add_up(
+    boxes: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor, region: list[int], caffe: bool
+) -> torch.Tensor:
+    """Render the masks (K, m, m) of boxes (K, 4) in a region (x1, y1, x2, y2) and add them up: (D, h, w)."""
+    x1, y1, x2, y2 = region
+    terms = _rendering_terms(boxes, region, masks.shape[-1], caffe)
+    terms = [(rows, masks @ columns.transpose(1, 2)) for rows, columns in terms]  # (K, h, m), (K, m, w)
+    strip = max(1, _MAX_RENDERED_PIXELS // (len(boxes) * (x2 - x1)))
     merged = []
-    for strip_rows in rows.split(strip, dim=1):
-        rendered = strip_rows @ masks @ columns.transpose(1, 2)  # (K, h, W)
-        merged.append((weights @ rendered.flatten(1)).view(len(weights), strip_rows.shape[1], width))
+    for start in range(0, y2 - y1, strip):
+        rendered = sum(rows[:, start : start + strip] @ masked for rows, masked in terms)  # (K, strip, w)
+        merged.append((weights @ rendered.flatten(1)).view(len(weights), -1, x2 - x1))
     return torch.cat(merged, dim=1)
 
 
-def _rendering_weights(start: torch.Tensor, end: torch.Tensor, size: int, bins: int) -> torch.Tensor:
-    """Bilinear weight of each of the bins that divide [start, end) at each pixel centre: (K, size, bins).
+def _rendering_terms(
+    boxes: torch.Tensor, region: list[int], size: int, caffe: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights of the texels at the pixels of a region: pairs (K, h, m), (K, w, m).
 
-    Texels are sampled at their centres; the outer half of the first and last bin repeats it. Pixels whose centre is
-    outside [start, end) get no weight.
+    A rendered mask is the sum of rows @ mask @ columns^T over the pairs. Pixels outside the box get no weight.
     """
-    centre = torch.arange(size, dtype=start.dtype, device=start.device) + 0.5
-    extent = (end - start).clamp(min=torch.finfo(start.dtype).tiny)[:, None]
-    inside = (centre >= start[:, None]) & (centre < end[:, None])
-    position = ((centre - start[:, None]) / extent * bins - 0.5).clamp(0, bins - 1)
-    bin_index = torch.arange(bins, dtype=start.dtype, device=start.device)
-    weight = (1 - (position[:, :, None] - bin_index).abs()).clamp(min=0)
-    return weight * inside[:, :, None]
+    x1, y1, x2, y2 = region
+    rows = _axis_weights(boxes[:, 1], boxes[:, 3], y1, y2, size, caffe)
+    columns = _axis_weights(boxes[:, 0], boxes[:, 2], x1, x2, size, caffe)
+    if not caffe:
+        return [(rows.bilinear, columns.bilinear)]
+    # Bilinear, unless one of the two next texels would be beyond the last: then the nearest above and to the left.
+    return [
+        (rows.bilinear * ~rows.is_last, columns.bilinear * ~columns.is_last),
+        (rows.nearest * rows.is_last, columns.nearest),
+        (rows.nearest * ~rows.is_last, columns.nearest * columns.is_last),
+    ]
+
+
+class _AxisWeights(NamedTuple):
+    """Weights of m texels at n pixels along one axis of K boxes."""
+
+    bilinear: torch.Tensor  # (K, n, m)
+    nearest: torch.Tensor | None = None  # (K, n, m), 1 for the texel above or left of the pixel
+    is_last: torch.Tensor | None = None  # (K, n, 1), whether that is the last texel
+
+
+def _axis_weights(
+    start: torch.Tensor, end: torch.Tensor, first: int, last: int, size: int, caffe: bool
+) -> _AxisWeights:
+    """Weights at the pixels first to last - 1 for boxes from start (K,) to end (K,)."""
+    pixel = torch.arange(first, last, dtype=start.dtype, device=start.device) + (0 if caffe else 0.5)
+    texel = torch.arange(size, dtype=start.dtype, device=start.device)
+    start, end = start[:, None], end[:, None]
+    inside = (pixel >= start) & ((pixel <= end) if caffe else (pixel < end))
+    extent = (end - start + 1) if caffe else (end - start)
+    position = (pixel - start) * size / extent.clamp(min=torch.finfo(start.dtype).tiny)
+    position = (position if caffe else position - 0.5).clamp(0, size - 1 + (0.99 if caffe else 0))
+    bilinear = (1 - (position[..., None] - texel).abs()).clamp(min=0) * inside[..., None]
+    if not caffe:
+        return _AxisWeights(bilinear)
+    texel_of_pixel = position.floor()[..., None]
+    nearest = (texel_of_pixel == texel) * inside[..., None]
+    return _AxisWeights(bilinear, nearest.to(start), texel_of_pixel == size - 1)
 
 
 def _tight_boxes(masks: torch.Tensor) -> torch.Tensor:
@@ -116,3 +252,41 @@ def _tight_boxes(masks: torch.Tensor) -> torch.Tensor:
         bounds.append((torch.where(occupied, index, size).amin(dim=1), torch.where(occupied, index + 1, 0).amax(dim=1)))
     (left, right), (top, bottom) = bounds
     return torch.stack((left, top, right, bottom), dim=1).float()
+
+
+def _sample_maps(
+    maps: _MergedMaps, boxes: torch.Tensor, size: int, image_size: tuple[int, int], caffe: bool
+) -> torch.Tensor:
+    """Sample each map (D of them) in its box (D, 4), far corner exclusive: (D, size, size)."""
+    height, width = image_size
+    y_low, y_high, y_fraction = _sample_axis(boxes[:, 1], boxes[:, 3], size, height, caffe)  # each (D, size)
+    x_low, x_high, x_fraction = _sample_axis(boxes[:, 0], boxes[:, 2], size, width, caffe)
+    y_fraction, x_fraction = y_fraction[:, :, None], x_fraction[:, None, :]
+    if caffe:
+        at_end = (y_low == height - 1)[:, :, None] | (x_low == width - 1)[:, None, :]
+        y_fraction, x_fraction = y_fraction.masked_fill(at_end, 0), x_fraction.masked_fill(at_end, 0)
+
+    left, top, right, bottom = (maps.regions[:, i, None, None] for i in range(4))
+
+    def read(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        y, x = y[:, :, None], x[:, None, :]
+        index = maps.start[:, None, None] + (y - top) * (right - left) + (x - left)
+        inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
+        return maps.values[torch.where(inside, index, 0)] * inside
+
+    if len(boxes) == 0:
+        return boxes.new_zeros(0, size, size)
+    upper = read(y_low, x_low) * (1 - x_fraction) + read(y_low, x_high) * x_fraction
+    lower = read(y_high, x_low) * (1 - x_fraction) + read(y_high, x_high) * x_fraction
+    return upper * (1 - y_fraction) + lower * y_fraction
+
+
+def _sample_axis(
+    start: torch.Tensor, end: torch.Tensor, size: int, pixels: int, caffe: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The two pixels that each of ``size`` samples of [start, end) is between, and how far it is to the second."""
+    step = torch.arange(size, dtype=start.dtype, device=start.device) + (0 if caffe else 0.5)
+    position = start[:, None] + step * ((end - start) / size)[:, None] - (0 if caffe else 0.5)
+    position = position.clamp(0, pixels - 1)
+    low = position.floor()
+    return low.long(), (low + 1).clamp(max=pixels - 1).long(), position - low

@@ -1,6 +1,7 @@
 """Mask voting against a reference that loops over classes, candidates and pixels."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +131,73 @@ def test_equals_the_slow_reference(seed):
 )
 def test_every_setting_is_that_of_the_slow_reference(setting):
     check_against_slow(make_candidates(), **setting)
+
+
+GOLDEN = np.load(Path(__file__).with_name("golden_voting.npz"))
+
+
+@pytest.mark.parametrize("case", ["b", "c1", "c2", "c3"])
+def test_caffe_is_what_the_released_code_computes(case):
+    """Results of an independent re-creation of the released code, its GPU flavour: clusters, borders, tiny boxes."""
+    expected = {name: GOLDEN[f"{case}_{name}"] for name in ("cls", "box", "mask", "n_voters", "source", "margin")}
+    boxes, scores, masks = (torch.from_numpy(GOLDEN[f"{case}_{name}"]) for name in ("boxes", "scores", "masks"))
+    size = int(GOLDEN[f"{case}_H"]), int(GOLDEN[f"{case}_W"])
+    result = vote_masks(boxes, scores[:, 1:], masks, size, sampling="caffe")
+    # Theirs are by class, best first; class 0 is the background.
+    order = np.lexsort((-result.scores.numpy(), result.pred_classes.numpy()))
+    result = result[torch.from_numpy(order)]
+    assert result.pred_classes.add(1).tolist() == expected["cls"].tolist()
+    assert result.candidates.tolist() == expected["source"].tolist()
+    assert result.num_voters.tolist() == expected["n_voters"].tolist()
+    np.testing.assert_allclose(result.scores.numpy(), expected["box"][:, 4], rtol=0, atol=1e-6)
+    # Where the threshold is met by less than rounding, one pixel more or less belongs to the mask.
+    safe = expected["margin"] >= 1e-4
+    assert (~safe).sum() <= 3
+    assert np.array_equal(result.pred_boxes.tensor.numpy()[safe], expected["box"][safe, :4])
+    np.testing.assert_allclose(result.pred_masks[:, 0].numpy()[safe], expected["mask"][safe], rtol=0, atol=1e-5)
+
+
+def test_candidates_and_voters_of_each_detection_are_told():
+    boxes, scores, masks = make_candidates()
+    boxes[3] = math.nan  # left out, but counted
+    result = vote_masks(boxes, scores, masks, SIZE)
+    assert torch.equal(result.scores, scores[result.candidates, result.pred_classes])
+    for candidate, count in zip(result.candidates.tolist(), result.num_voters.tolist()):
+        ious = [slow_iou(boxes[candidate].tolist(), box) for box in boxes[boxes.isfinite().all(dim=1)].tolist()]
+        # A box without area overlaps not even itself, but it votes.
+        assert count == max(1, sum(iou >= 0.5 for iou in ious))
+
+
+def test_unknown_sampling_is_an_error():
+    with pytest.raises(ValueError, match="center.*caffe.*nearest"):
+        vote_masks(*make_candidates(), SIZE, sampling="nearest")
+
+
+@pytest.mark.parametrize("limit", [1, 3, 20, 10_000])
+@pytest.mark.parametrize("count, num_classes", [(40, 1), (60, 7), (30, 300)])
+def test_detections_are_the_best_survivors_of_one_nms_for_each_class(limit, count, num_classes):
+    generator = torch.Generator().manual_seed(0)
+    start = 900 * torch.rand(count, 2, generator=generator)
+    boxes = torch.cat((start, start + 50 + 300 * torch.rand(count, 2, generator=generator)), dim=1)
+    # All different, as the order of equal ones is nobody's promise.
+    scores = torch.randperm(count * num_classes, generator=generator).view(count, num_classes) / (count * num_classes)
+    survivors = []
+    for cls in range(num_classes):
+        candidates = (scores[:, cls] > 0.2).nonzero().squeeze(1)
+        kept = candidates[nms(boxes[candidates], scores[candidates, cls], 0.3)]
+        survivors += [(scores[k, cls].item(), k.item(), cls) for k in kept]
+    survivors = sorted(survivors, reverse=True)[:limit]
+    index, cls = mask_voting.select_detections(boxes, scores, 0.2, 0.3, limit)
+    assert list(zip(index.tolist(), cls.tolist())) == [(k, c) for _, k, c in survivors]
+
+
+def test_groups_are_detections_that_share_voters_directly_or_by_others():
+    votes = torch.zeros(6, 9, dtype=torch.bool)
+    for detection, voters in enumerate([[0, 1], [2], [1, 3], [4], [3, 5], [2, 6]]):
+        votes[detection, voters] = True
+    groups = mask_voting._group_by_common_voters(votes).tolist()
+    assert groups[0] == groups[2] == groups[4] and groups[1] == groups[5]
+    assert len({groups[0], groups[1], groups[3]}) == 3
 
 
 def test_max_detections_keeps_the_best_of_all_classes():

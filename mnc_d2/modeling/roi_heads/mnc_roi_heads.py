@@ -55,6 +55,7 @@ class MNCROIHeads(ROIHeads):
         mask_loss_weight: float = 1.0,
         next_box_background: bool = True,
         voting_iou_threshold: float = 0.5,
+        voting_sampling: str = "center",
         mask_on: bool = True,
         mask_in_features: list[str] | None = None,
         **kwargs,
@@ -78,7 +79,7 @@ class MNCROIHeads(ROIHeads):
             delta_gradient_clip, border_gradient: as in :class:`~mnc_d2.modeling.CausalRPN`.
             background_bands, background_fractions: see :func:`~mnc_d2.modeling.roi_heads.sampling.sample_rois`.
             mask_target_threshold, mask_threshold, mask_iou_threshold, mask_loss_weight, next_box_background,
-                voting_iou_threshold: see :func:`mnc_d2.add_mnc_config`.
+                voting_iou_threshold, voting_sampling: see :func:`mnc_d2.add_mnc_config`.
             mask_on: whether inference returns masks, by mask voting; if not, boxes only, scored at box level.
             mask_in_features: names of the feature maps that the mask head pools from; by default ``in_features``.
             kwargs: those of Detectron2's ``ROIHeads``.
@@ -114,6 +115,7 @@ class MNCROIHeads(ROIHeads):
         self.mask_loss_weight = mask_loss_weight
         self.next_box_background = next_box_background
         self.voting_iou_threshold = voting_iou_threshold
+        self.voting_sampling = voting_sampling
         self.mask_on = mask_on
         self.mask_in_features = mask_in_features or in_features
 
@@ -163,6 +165,7 @@ class MNCROIHeads(ROIHeads):
             "mask_loss_weight": mnc.MASK_LOSS_WEIGHT,
             "next_box_background": mnc.NEXT_BOX_BACKGROUND,
             "voting_iou_threshold": mnc.VOTING_IOU_THRESHOLD,
+            "voting_sampling": mnc.VOTING_SAMPLING,
             "mask_on": cfg.MODEL.MASK_ON,
         }
 
@@ -362,8 +365,9 @@ class MNCROIHeads(ROIHeads):
 
         Returns:
             one Instances per image with ``pred_boxes``, ``scores``, ``pred_classes`` and, if ``mask_on``,
-            ``pred_masks`` (D, 1, m, m), float32, in the frame of the box: the results of mask voting. Without masks,
-            they are the class-specific boxes with box-level scores after NMS (MNC_box).
+            ``pred_masks`` (D, 1, m, m), float32, in the frame of the box: the results of mask voting, with what
+            :func:`~mnc_d2.modeling.vote_masks` tells beside. Without masks, they are the class-specific boxes with
+            box-level scores after NMS (MNC_box).
         """
         outputs = []
         for index in range(self.num_passes_test):
@@ -393,6 +397,7 @@ class MNCROIHeads(ROIHeads):
                 voting_iou_threshold=self.voting_iou_threshold,
                 mask_threshold=self.mask_threshold,
                 max_detections=predictor.test_topk_per_image,
+                sampling=self.voting_sampling,
             )
             for *candidates, image_size in zip(boxes, scores, masks, image_sizes)
         ]
