@@ -161,8 +161,7 @@ def _merge_masks(
     for g, region in enumerate(group_regions.tolist()):
         members, voters = (group_of == g).nonzero().squeeze(1), group_votes[g].nonzero().squeeze(1)
         merged = _add_up(boxes[voters], masks[voters], weights[members][:, voters], region, caffe)
-        inside = merged > threshold if caffe else merged >= threshold
-        tight.append(_tight_boxes(inside) + boxes.new_tensor(region[:2] * 2))
+        tight.append(_tight_boxes(merged, threshold, caffe) + boxes.new_tensor(region[:2] * 2))
         values.append(merged.flatten())
         order.append(members)
     order = torch.cat(order)
@@ -191,7 +190,9 @@ def _add_up(
     strip = max(1, _MAX_RENDERED_PIXELS // (len(boxes) * (x2 - x1)))
     merged = []
     for start in range(0, y2 - y1, strip):
-        rendered = sum(rows[:, start : start + strip] @ masked for rows, masked in terms)  # (K, strip, w)
+        rendered, *others = (rows[:, start : start + strip] @ masked for rows, masked in terms)  # (K, strip, w)
+        for other in others:
+            rendered += other
         merged.append((weights @ rendered.flatten(1)).view(len(weights), -1, x2 - x1))
     return torch.cat(merged, dim=1)
 
@@ -243,12 +244,15 @@ def _axis_weights(
     return _AxisWeights(bilinear, nearest.to(start), texel_of_pixel == size - 1)
 
 
-def _tight_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Smallest boxes (D, 4), float32, around the pixels of masks (D, H, W), bool; without extent for an empty mask."""
-    height, width = masks.shape[1:]
+def _tight_boxes(maps: torch.Tensor, threshold: float, caffe: bool) -> torch.Tensor:
+    """Smallest boxes (D, 4), float32, around the pixels of maps (D, H, W) that reach the threshold.
+
+    A map without any has a box without extent.
+    """
     bounds = []
-    for occupied, size in ((masks.any(dim=1), width), (masks.any(dim=2), height)):
-        index = torch.arange(size, device=masks.device)
+    for largest in (maps.amax(dim=1), maps.amax(dim=2)):
+        occupied, size = largest > threshold if caffe else largest >= threshold, largest.shape[1]
+        index = torch.arange(size, device=maps.device)
         bounds.append((torch.where(occupied, index, size).amin(dim=1), torch.where(occupied, index + 1, 0).amax(dim=1)))
     (left, right), (top, bottom) = bounds
     return torch.stack((left, top, right, bottom), dim=1).float()
