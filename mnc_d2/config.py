@@ -99,6 +99,11 @@ def add_mnc_config(cfg: CN) -> None:
     # state dict (.pth, .safetensors), "package:NAME" for the one in the installed Python package NAME, or "" for none.
     timm.WEIGHTS = ""
 
+    # What the model returns for each image at inference: "instances" (mask-level results, or box-level ones with
+    # MODEL.MASK_ON False) and possibly "box_instances" (box-level results too: MNC_box) and "passes" (every box, mask
+    # and score of each pass, for analysis).
+    mnc.OUTPUTS = ["instances"]
+
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0
 

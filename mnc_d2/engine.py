@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import MNCCheckpointer
 from .data import MNCDatasetMapper
-from .evaluation import PredictionPictures
+from .evaluation import BoxLevelEvaluator, PredictionPictures
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -102,20 +102,29 @@ class MNCTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluators:
-        """Evaluate with COCO's metrics into ``output_folder`` (OUTPUT_DIR/inference/<dataset>)."""
+        """Evaluate with COCO's metrics into ``output_folder`` (OUTPUT_DIR/inference/<dataset>).
+
+        Where MODEL.MNC.OUTPUTS has "box_instances", these too, into the folder ``box_level`` in it.
+        """
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        metadata = MetadataCatalog.get(dataset_name)
+
+        def coco_evaluator(folder: str, tasks: tuple[str, ...] | None) -> COCOEvaluator:
+            return COCOEvaluator(
+                dataset_name,
+                tasks=tasks,
+                output_dir=folder,
+                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+                # A dataset of the same name may have changed since its conversion was cached.
+                allow_cached_coco=False,
+            )
+
         # COCOEvaluator cannot score masks against ground truth that lacks some.
-        tasks = None if metadata.get("has_all_masks", True) else ("bbox",)
-        coco = COCOEvaluator(
-            dataset_name,
-            tasks=tasks,
-            output_dir=output_folder,
-            max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-            # A dataset of the same name may have changed since its conversion was cached.
-            allow_cached_coco=False,
-        )
-        evaluators = [coco]
+        has_all_masks = MetadataCatalog.get(dataset_name).get("has_all_masks", True)
+        evaluators = [coco_evaluator(output_folder, tasks=None if has_all_masks else ("bbox",))]
+        if "box_instances" in cfg.MODEL.MNC.OUTPUTS:
+            evaluators.append(
+                BoxLevelEvaluator(coco_evaluator(os.path.join(output_folder, "box_level"), tasks=("bbox",)))
+            )
         if cfg.TEST.NUM_PICTURES > 0:
             evaluators.append(
                 PredictionPictures(dataset_name, os.path.join(output_folder, "pictures"), cfg.TEST.NUM_PICTURES)

@@ -143,13 +143,17 @@ def test_eval_only_gives_the_ap_of_the_end_of_training(trained, coco_dataset, tm
             tmp_path,
             "--eval-only",
             *processes,
-            overrides=["MODEL.WEIGHTS", weights, "TEST.NUM_PICTURES", 0],
+            overrides=[
+                *("MODEL.WEIGHTS", weights, "TEST.NUM_PICTURES", 0),
+                *("MODEL.MNC.OUTPUTS", "['instances', 'box_instances']"),
+            ],
         )
     )
     rows = [line.split() for line in stdout[stdout.rindex("dataset") :].splitlines()]
     printed = {cells[1]: float(cells[2]) for cells in rows if cells[:1] == ["drawn"]}
     for task, ap in last_ap(output).items():
         assert printed[task] == pytest.approx(ap, abs=0.051)
+    assert printed["box_level_bbox"] > 80  # MNC_box beside
     assert stdout.count(f"checkpoint: {weights}") == 1
     assert f"World size: {2 if processes else 1}" in stdout
     assert not (tmp_path / PLACES["pictures"]).exists()

@@ -1,3 +1,4 @@
+from .box_level import BoxLevelEvaluator
 from .pictures import PredictionPictures
 
-__all__ = ["PredictionPictures"]
+__all__ = ["BoxLevelEvaluator", "PredictionPictures"]

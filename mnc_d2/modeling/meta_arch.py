@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from detectron2.config import configurable
@@ -14,6 +16,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.visualizer import Visualizer
 
 from ..data import num_classes_from_datasets
+from .roi_heads.outputs import describe_pass
 
 
 @META_ARCH_REGISTRY.register()
@@ -21,14 +24,22 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
     """A ``GeneralizedRCNN`` whose masks have a threshold of their own and whose training pictures show masks."""
 
     @configurable
-    def __init__(self, *, mask_threshold: float = 0.4, **kwargs) -> None:
+    def __init__(self, *, mask_threshold: float = 0.4, outputs: Sequence[str] = ("instances",), **kwargs) -> None:
         """
         Args:
             mask_threshold: pixels of the results are foreground from this probability on.
+            outputs: what inference returns for each image, of "instances", "box_instances" and "passes"; see
+                :meth:`inference`.
             kwargs: those of Detectron2's ``GeneralizedRCNN``.
         """
         super().__init__(**kwargs)
+        unknown = set(outputs) - {"instances", "box_instances", "passes"}
+        if unknown or "instances" not in outputs:
+            raise ValueError(
+                f'MODEL.MNC.OUTPUTS must be "instances" and possibly "box_instances" and "passes", got {list(outputs)}'
+            )
         self.mask_threshold = mask_threshold
+        self.outputs = list(outputs)
 
     @classmethod
     def from_config(cls, cfg):
@@ -36,7 +47,11 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             cfg = cfg.clone()
             cfg.defrost()
             cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes_from_datasets(cfg)
-        return {**super().from_config(cfg), "mask_threshold": cfg.MODEL.MNC.MASK_THRESHOLD}
+        return {
+            **super().from_config(cfg),
+            "mask_threshold": cfg.MODEL.MNC.MASK_THRESHOLD,
+            "outputs": cfg.MODEL.MNC.OUTPUTS,
+        }
 
     def inference(
         self,
@@ -44,16 +59,52 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
     ) -> list[dict] | list[Instances]:
-        """As ``GeneralizedRCNN.inference``, with the mask threshold of this model."""
+        """As ``GeneralizedRCNN.inference``, with the mask threshold of this model.
+
+        Returns:
+            without ``do_postprocess``, one Instances per image, the "instances" below as the network yields them.
+            Else, one dict per image of what MODEL.MNC.OUTPUTS names, in the frame of the image at its original size
+            (``height`` and ``width`` of the inputs): "instances", the results of mask voting, or of MNC_box if
+            MODEL.MASK_ON is off; "box_instances", those of MNC_box; "passes", for each pass what it says of its boxes
+            (see :func:`~mnc_d2.modeling.roi_heads.outputs.describe_pass`).
+        """
+        if detected_instances is None and do_postprocess and self.outputs != ["instances"]:
+            return self._inference_with_more_outputs(batched_inputs)
         results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         if not do_postprocess:
             return results
+        return [{"instances": self._postprocess_one(x, result)} for x, result in zip(batched_inputs, results)]
+
+    def _inference_with_more_outputs(self, batched_inputs: list[dict]) -> list[dict]:
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        if self.proposal_generator is None:
+            proposals = [x["proposals"].to(self.device) for x in batched_inputs]
+        else:
+            proposals, _ = self.proposal_generator(images, features, None)
+        passes = self.roi_heads.run_passes(features, proposals)
+        sizes = images.image_sizes
+        boxes = self.roi_heads.detect_boxes(passes, sizes)
+        per_output = {
+            "instances": self.roi_heads.detect_instances(passes, sizes) if self.roi_heads.mask_on else boxes,
+            "box_instances": boxes,
+        }
+        described = zip(*(describe_pass(output, sizes) for output in passes))
         processed = []
-        for inputs, result in zip(batched_inputs, results):
-            height = inputs.get("height", result.image_size[0])
-            width = inputs.get("width", result.image_size[1])
-            processed.append({"instances": detector_postprocess(result, height, width, self.mask_threshold)})
+        for index, (inputs, passes_of_image) in enumerate(zip(batched_inputs, described)):
+            result = {name: self._postprocess_one(inputs, x[index]) for name, x in per_output.items()}
+            result["passes"] = [self._postprocess_one(inputs, x) for x in passes_of_image]
+            processed.append({name: result[name] for name in self.outputs})
         return processed
+
+    def _postprocess_one(self, inputs: dict, result: Instances) -> Instances:
+        """Bring a result to the size of the image that ``inputs`` asks for."""
+        height = inputs.get("height", result.image_size[0])
+        width = inputs.get("width", result.image_size[1])
+        # A copy: Detectron2 scales the boxes in place, which the results of several outputs may share.
+        result = Instances(result.image_size, **result.get_fields())
+        result.pred_boxes = result.pred_boxes.clone()
+        return detector_postprocess(result, height, width, self.mask_threshold)
 
     @torch.no_grad()
     def visualize_training(self, batched_inputs: list[dict], proposals: list[Instances]) -> None:

@@ -149,6 +149,63 @@ def test_test_time_augmentation(small_config, mask_on):
         assert result.pred_masks.shape == (len(result), 120, 150)
 
 
+# ---- more outputs
+
+
+def detect_all(model, outputs, inputs):
+    model.outputs = outputs
+    with torch.no_grad():
+        return model(inputs)
+
+
+def test_more_outputs_do_not_change_the_instances(model):
+    inputs = [{**x, "height": 2 * SIZE, "width": 3 * SIZE} for x in make_inputs()]
+    expected = detect(model, *inputs)
+    results = detect_all(model, ["instances", "box_instances", "passes"], inputs)
+    assert all(list(result) == ["instances", "box_instances", "passes"] for result in results)
+    for result, instances in zip(results, expected):
+        assert torch.equal(result["instances"].scores, instances.scores)
+        assert torch.equal(result["instances"].pred_boxes.tensor, instances.pred_boxes.tensor)
+        assert torch.equal(result["instances"].pred_masks, instances.pred_masks)
+
+
+def test_box_instances_are_the_instances_without_masks(model):
+    inputs = [{**x, "height": 2 * SIZE, "width": 3 * SIZE} for x in make_inputs()]
+    results = detect_all(model, ["instances", "box_instances"], inputs)
+    model.roi_heads.mask_on = False
+    expected = detect_all(model, ["instances"], inputs)
+    both = detect_all(model, ["instances", "box_instances"], inputs)
+    assert len(expected[0]["instances"]) > 3
+    for result, boxes, again in zip(results, expected, both):
+        for instances in (result["box_instances"], again["box_instances"], again["instances"]):
+            assert torch.equal(instances.pred_boxes.tensor, boxes["instances"].pred_boxes.tensor)
+            assert torch.equal(instances.scores, boxes["instances"].scores)
+            assert not instances.has("pred_masks")
+
+
+def test_passes_tell_of_every_box_in_the_frame_of_the_image(model):
+    (plain,) = detect_all(model, ["instances", "passes"], make_inputs()[:1])
+    (scaled,) = detect_all(model, ["instances", "passes"], [{**make_inputs()[0], "height": 2 * SIZE, "width": SIZE}])
+    assert len(plain["passes"]) == 2
+    for one, other in zip(plain["passes"], scaled["passes"]):
+        assert other.image_size == (2 * SIZE, SIZE)
+        torch.testing.assert_close(other.pred_boxes.tensor, one.pred_boxes.tensor * torch.tensor([1.0, 2.0, 1.0, 2.0]))
+        classes = model.roi_heads.num_classes
+        assert one.mask_probabilities.shape == (len(one), 28, 28) and one.class_scores.shape == (len(one), classes + 1)
+        torch.testing.assert_close(one.mask_class_scores.sum(dim=1), torch.ones(len(one)))
+        assert torch.equal(one.scores, one.mask_class_scores[:, :classes].max(dim=1).values)
+    # The results of voting are candidates of one of the passes.
+    candidates = torch.cat([x.mask_class_scores for x in plain["passes"]])
+    instances = plain["instances"]
+    assert torch.isin(instances.scores, candidates).all()
+
+
+@pytest.mark.parametrize("outputs", [["box_instances"], ["instances", "masks"], []], ids=str)
+def test_unknown_outputs_are_an_error_that_names_the_key(small_config, outputs):
+    with pytest.raises(ValueError, match="MODEL.MNC.OUTPUTS must be"):
+        build_model(small_config(**{"MODEL.MNC.OUTPUTS": outputs}))
+
+
 # ---- pictures in training
 
 

@@ -36,19 +36,12 @@ class CFMROIHeads(MNCROIHeads):
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
         """As :meth:`MNCROIHeads.forward`, for proposals that also have ``proposal_masks`` (P, m, m), probabilities."""
-        del images
-        if any(not x.has("proposal_masks") for x in proposals):
-            raise ValueError("CFMROIHeads needs mask proposals: set DATASETS.MASK_PROPOSALS to their folder")
-        boxes = [x.proposal_boxes for x in proposals]
-        masks = [x.proposal_masks for x in proposals]
         if not self.training:
-            pooled = self.pooler([features[name] for name in self.in_features], boxes)
-            given = torch.cat(masks)
-            output = PassOutput(0, boxes, given, *self._classify(0, pooled, given))
-            return self._detect([output], [x.image_size for x in proposals]), {}
+            return super().forward(images, features, proposals)
         if targets is None:
             raise ValueError("CFMROIHeads needs targets in training")
 
+        boxes, masks = [x.proposal_boxes for x in proposals], _given_masks(proposals)
         if self.proposal_append_gt:
             with_mask = [x[x.gt_has_mask] if x.has("gt_has_mask") else x for x in targets]
             boxes = [Boxes.cat([x, target.gt_boxes]) for x, target in zip(boxes, with_mask)]
@@ -61,11 +54,23 @@ class CFMROIHeads(MNCROIHeads):
         log_metrics(metrics)
         return labelled, losses
 
+    def run_passes(self, features: dict[str, torch.Tensor], proposals: list[Instances]) -> list[PassOutput]:
+        """Classify proposals at inference; one output. As :meth:`MNCROIHeads.run_passes`."""
+        boxes, masks = [x.proposal_boxes for x in proposals], torch.cat(_given_masks(proposals))
+        pooled = self.pooler([features[name] for name in self.in_features], boxes)
+        return [PassOutput(0, boxes, masks, *self._classify(0, pooled, masks))]
+
     def forward_with_given_boxes(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
     ) -> list[Instances]:
         """Not possible: raises a TypeError, for nothing here makes masks for boxes."""
         raise TypeError("CFMROIHeads cannot predict masks for given boxes, as test-time augmentation asks for")
+
+
+def _given_masks(proposals: list[Instances]) -> list[torch.Tensor]:
+    if any(not x.has("proposal_masks") for x in proposals):
+        raise ValueError("CFMROIHeads needs mask proposals: set DATASETS.MASK_PROPOSALS to their folder")
+    return [x.proposal_masks for x in proposals]
 
 
 def _gt_proposals(target: Instances, size: int) -> torch.Tensor:

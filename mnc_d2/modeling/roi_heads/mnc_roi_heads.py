@@ -186,12 +186,15 @@ class MNCROIHeads(ROIHeads):
 
         Returns:
             In training: the labelled proposals of the first pass, and the losses named by stage.
-            In inference: the detections (see :meth:`inference`), and no losses.
+            In inference: those of :meth:`detect_instances`, or of :meth:`detect_boxes` without ``mask_on``, and no
+            losses.
         """
         del images
         boxes = [x.proposal_boxes for x in proposals]
         if not self.training:
-            return self.inference(features, boxes, [x.image_size for x in proposals]), {}
+            outputs, image_sizes = self.run_passes(features, proposals), [x.image_size for x in proposals]
+            detect = self.detect_instances if self.mask_on else self.detect_boxes
+            return detect(outputs, image_sizes), {}
         if targets is None:
             raise ValueError("MNCROIHeads needs targets in training")
 
@@ -353,22 +356,18 @@ class MNCROIHeads(ROIHeads):
             next_boxes.append(boxes)
         return next_boxes
 
-    def inference(
-        self, features: dict[str, torch.Tensor], boxes: list[Boxes], image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
-        """Run the cascade and reduce the candidates of all passes to detections.
+    def run_passes(self, features: dict[str, torch.Tensor], proposals: list[Instances]) -> list[PassOutput]:
+        """Run the cascade at inference.
 
         Args:
             features: the backbone's feature maps by name.
-            boxes: proposals, one per image, in image pixels.
-            image_sizes: (height, width) of each image.
+            proposals: one per image, with ``proposal_boxes``.
 
         Returns:
-            one Instances per image with ``pred_boxes``, ``scores``, ``pred_classes`` and, if ``mask_on``,
-            ``pred_masks`` (D, 1, m, m), float32, in the frame of the box: the results of mask voting, with what
-            :func:`~mnc_d2.modeling.vote_masks` tells beside. Without masks, they are the class-specific boxes with
-            box-level scores after NMS (MNC_box).
+            one output per pass.
         """
+        image_sizes = [x.image_size for x in proposals]
+        boxes = [x.proposal_boxes for x in proposals]
         outputs = []
         for index in range(self.num_passes_test):
             if index > 0:
@@ -376,14 +375,18 @@ class MNCROIHeads(ROIHeads):
             mask_features, pooled = self._pool(features, boxes)
             masks = _module_of_pass(self.mask_head, index)(mask_features).sigmoid()
             outputs.append(PassOutput(index, boxes, masks, *self._classify(index, pooled, masks)))
-        return self._detect(outputs, image_sizes)
+        return outputs
 
-    def _detect(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
-        return (
-            self._detect_instances(outputs, image_sizes) if self.mask_on else self._detect_boxes(outputs, image_sizes)
-        )
+    def detect_instances(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
+        """Reduce the candidates of all passes to instances by mask voting.
 
-    def _detect_instances(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
+        Args:
+            outputs: of all passes.
+            image_sizes: (height, width) of each image.
+
+        Returns:
+            one Instances per image, as :func:`~mnc_d2.modeling.vote_masks` returns them.
+        """
         predictor = _module_of_pass(self.predictor, 0)  # the thresholds are those of any pass
         boxes = gather_by_image([torch.cat([x.tensor for x in o.boxes]) for o in outputs], outputs)
         masks = gather_by_image([o.masks for o in outputs], outputs)
@@ -402,7 +405,16 @@ class MNCROIHeads(ROIHeads):
             for *candidates, image_size in zip(boxes, scores, masks, image_sizes)
         ]
 
-    def _detect_boxes(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
+    def detect_boxes(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
+        """Reduce the candidates of all passes to boxes (MNC_box): class-specific, with box-level scores, after NMS.
+
+        Args:
+            outputs: of all passes.
+            image_sizes: (height, width) of each image.
+
+        Returns:
+            one Instances per image with ``pred_boxes``, ``scores`` and ``pred_classes``, highest score first.
+        """
         predictor = _module_of_pass(self.predictor, 0)
         boxes = [predictor.predict_class_boxes(torch.cat([x.tensor for x in o.boxes]), o.deltas) for o in outputs]
         detections, _ = fast_rcnn_inference(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 
 
 @dataclass
@@ -25,3 +25,32 @@ def gather_by_image(tensors: Sequence[torch.Tensor], outputs: Sequence[PassOutpu
     """Regroup one tensor per pass, (R, ...) over all images, into one per image over all passes."""
     per_pass = [tensor.split([len(x) for x in output.boxes]) for tensor, output in zip(tensors, outputs)]
     return [torch.cat(per_image) for per_image in zip(*per_pass)]
+
+
+def describe_pass(output: PassOutput, image_sizes: Sequence[tuple[int, int]]) -> list[Instances]:
+    """What one pass says of each of its boxes, for analysis.
+
+    Args:
+        output: of the pass.
+        image_sizes: (height, width) of each image.
+
+    Returns:
+        one Instances per image with ``pred_boxes`` (those that the pass was given), ``scores`` and ``pred_classes``
+        (of the best foreground class at mask level), ``class_scores`` and ``mask_class_scores`` (R, C + 1),
+        probabilities at box and at mask level with the background last, and ``mask_probabilities`` (R, m, m).
+    """
+    class_scores, mask_class_scores = output.scores.softmax(dim=1), output.mask_scores.softmax(dim=1)
+    best = mask_class_scores[:, :-1].max(dim=1)
+    fields = {
+        "scores": best.values,
+        "pred_classes": best.indices,
+        "class_scores": class_scores,
+        "mask_class_scores": mask_class_scores,
+        "mask_probabilities": output.masks,
+    }
+    counts = [len(x) for x in output.boxes]
+    per_image = zip(*(x.split(counts) for x in fields.values()))
+    return [
+        Instances(image_size, pred_boxes=boxes, **dict(zip(fields, values)))
+        for image_size, boxes, values in zip(image_sizes, output.boxes, per_image)
+    ]
