@@ -103,6 +103,9 @@ def add_mnc_config(cfg: CN) -> None:
     # MODEL.MASK_ON False) and possibly "box_instances" (box-level results too: MNC_box) and "passes" (every box, mask
     # and score of each pass, for analysis).
     mnc.OUTPUTS = ["instances"]
+    # Precision of convolutions and matrix products at inference: "float32", "bfloat16" or "float16". Coordinates, NMS
+    # and mask voting are float32 whatever it is.
+    mnc.INFERENCE_PRECISION = "float32"
 
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0

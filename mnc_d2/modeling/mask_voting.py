@@ -56,7 +56,34 @@ def vote_masks(
     """
     if sampling not in ("center", "caffe"):
         raise ValueError(f'sampling must be "center" or "caffe", got {sampling!r}')
-    caffe = sampling == "caffe"
+    # Coordinates and sums of probabilities need float32, also where the network runs under autocast.
+    with torch.autocast(boxes.device.type, enabled=False):
+        return _vote_masks(
+            boxes,
+            scores,
+            masks,
+            image_size,
+            score_threshold,
+            nms_threshold,
+            voting_iou_threshold,
+            mask_threshold,
+            max_detections,
+            caffe=sampling == "caffe",
+        )
+
+
+def _vote_masks(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    masks: torch.Tensor,
+    image_size: tuple[int, int],
+    score_threshold: float,
+    nms_threshold: float,
+    voting_iou_threshold: float,
+    mask_threshold: float,
+    max_detections: int,
+    caffe: bool,
+) -> Instances:
     finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1) & masks.isfinite().all(dim=2).all(dim=1)
     given = finite.nonzero().squeeze(1)
     boxes, scores, masks = (x[given].float() for x in (boxes, scores, masks))

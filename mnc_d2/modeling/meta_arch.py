@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -11,12 +12,15 @@ from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.evaluation import inference_context
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.visualizer import Visualizer
 
 from ..data import num_classes_from_datasets
 from .roi_heads.outputs import describe_pass
+
+# Of MODEL.MNC.INFERENCE_PRECISION; None for that of the weights.
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @META_ARCH_REGISTRY.register()
@@ -24,12 +28,20 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
     """A ``GeneralizedRCNN`` whose masks have a threshold of their own and whose training pictures show masks."""
 
     @configurable
-    def __init__(self, *, mask_threshold: float = 0.4, outputs: Sequence[str] = ("instances",), **kwargs) -> None:
+    def __init__(
+        self,
+        *,
+        mask_threshold: float = 0.4,
+        outputs: Sequence[str] = ("instances",),
+        inference_precision: str = "float32",
+        **kwargs,
+    ) -> None:
         """
         Args:
             mask_threshold: pixels of the results are foreground from this probability on.
             outputs: what inference returns for each image, of "instances", "box_instances" and "passes"; see
                 :meth:`inference`.
+            inference_precision: of convolutions and matrix products at inference, "float32", "bfloat16" or "float16".
             kwargs: those of Detectron2's ``GeneralizedRCNN``.
         """
         super().__init__(**kwargs)
@@ -40,6 +52,11 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             )
         self.mask_threshold = mask_threshold
         self.outputs = list(outputs)
+        if inference_precision not in _PRECISIONS:
+            raise ValueError(
+                f"MODEL.MNC.INFERENCE_PRECISION must be one of {list(_PRECISIONS)}, got {inference_precision!r}"
+            )
+        self.inference_precision = inference_precision
 
     @classmethod
     def from_config(cls, cfg):
@@ -51,6 +68,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             **super().from_config(cfg),
             "mask_threshold": cfg.MODEL.MNC.MASK_THRESHOLD,
             "outputs": cfg.MODEL.MNC.OUTPUTS,
+            "inference_precision": cfg.MODEL.MNC.INFERENCE_PRECISION,
         }
 
     def inference(
@@ -68,12 +86,22 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             MODEL.MASK_ON is off; "box_instances", those of MNC_box; "passes", for each pass what it says of its boxes
             (see :func:`~mnc_d2.modeling.roi_heads.outputs.describe_pass`).
         """
-        if detected_instances is None and do_postprocess and self.outputs != ["instances"]:
-            return self._inference_with_more_outputs(batched_inputs)
-        results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        dtype = _PRECISIONS[self.inference_precision]
+        # Boxes, scores and masks leave the layers as float32, and NMS and voting stay with that.
+        with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
+            if detected_instances is None and do_postprocess and self.outputs != ["instances"]:
+                return self._inference_with_more_outputs(batched_inputs)
+            results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         if not do_postprocess:
             return results
         return [{"instances": self._postprocess_one(x, result)} for x, result in zip(batched_inputs, results)]
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """As ``GeneralizedRCNN.preprocess_image``; at inference in channels_last, which convolutions prefer."""
+        images = super().preprocess_image(batched_inputs)
+        if not self.training:
+            images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
+        return images
 
     def _inference_with_more_outputs(self, batched_inputs: list[dict]) -> list[dict]:
         images = self.preprocess_image(batched_inputs)

@@ -311,6 +311,14 @@ def test_candidates_that_are_not_finite_are_left_out(what, bad):
     assert torch.equal(result.pred_boxes.tensor, expected.pred_boxes.tensor)
 
 
+def test_autocast_changes_nothing():
+    expected = vote_masks(*make_candidates(), SIZE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = vote_masks(*make_candidates(), SIZE)
+    assert torch.equal(result.pred_masks, expected.pred_masks)
+    assert torch.equal(result.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
 def test_half_precision_candidates_give_float32_results():
     result = vote_masks(*(x.bfloat16() for x in make_candidates()), SIZE)
     assert result.scores.dtype == result.pred_masks.dtype == result.pred_boxes.tensor.dtype == torch.float32
