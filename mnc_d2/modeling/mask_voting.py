@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torchvision.ops import nms
 
@@ -96,7 +97,9 @@ def _vote_masks(
     weights = scores[:, cls].T * votes
     weights = weights / weights.sum(dim=1, keepdim=True)
 
-    maps = _merge_masks(boxes, masks, weights, votes, image_size, mask_threshold, caffe)
+    seeds = nms(extents.tensor[survivor], scores[survivor, cls], voting_iou_threshold)
+    group_of = _group_around(seeds, near=votes[:, survivor])
+    maps = _merge_masks(boxes, masks, weights, votes, group_of, image_size, mask_threshold, caffe)
     tight = maps.tight_boxes
     empty = (tight[:, 2] <= tight[:, 0])[:, None]
     height, width = image_size
@@ -160,22 +163,21 @@ def _merge_masks(
     masks: torch.Tensor,
     weights: torch.Tensor,
     votes: torch.Tensor,
+    group_of: torch.Tensor,
     image_size: tuple[int, int],
     threshold: float,
     caffe: bool,
 ) -> _MergedMaps:
     """Render masks (K, m, m) of boxes (K, 4) in the image and add them up with weights (D, K), those of votes (D, K).
 
-    Detections that have voters in common, directly or by others, are one group. What lies outside the boxes of its
-    voters is no concern of a group; within, its voters are rendered once and added up by one matrix product. The loop
-    over groups reads their sizes once, before it starts.
+    The detections of a group, group_of (D,), lie near one another: their voters are rendered once, where any of them
+    is, and added up by one matrix product. The loop over groups reads their sizes once, before it starts.
     """
     if len(votes) == 0:
         none = boxes.new_zeros(0, 4)
         return _MergedMaps(boxes.new_zeros(0), none.long()[:, 0], none.long(), none)
     height, width = image_size
-    groups, group_of = _group_by_common_voters(votes).unique(return_inverse=True)
-    group_votes = torch.stack([votes[group_of == g].any(dim=0) for g in range(len(groups))])  # (groups, K)
+    group_votes = torch.stack([votes[group_of == g].any(dim=0) for g in range(int(group_of.max()) + 1)])  # (groups, K)
     # One pixel more on each side: samples between the last pixel inside and the first outside need that.
     low = boxes[:, :2].floor() - 1
     high = boxes[:, 2:].floor() + 3
@@ -198,77 +200,96 @@ def _merge_masks(
     return _MergedMaps(torch.cat(values), (sizes.cumsum(0) - sizes)[back], regions, torch.cat(tight)[back])
 
 
-def _group_by_common_voters(votes: torch.Tensor) -> torch.Tensor:
-    """Number the connected components of detections that share a voter, votes (D, K): (D,), int64."""
-    connected = (votes.float() @ votes.float().T) > 0
-    # Squaring doubles the length of the chains that are followed.
-    for _ in range(len(votes).bit_length()):
-        connected = (connected.float() @ connected.float()) > 0
-    return connected.to(torch.uint8).argmax(dim=1)
+def _group_around(seeds: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Number each of D detections after the first of the seeds (S,) that it is near, (D, D) bool: (D,), int64.
+
+    Detections of several classes that are near one another have mostly the same voters.
+    """
+    if len(seeds) == 0:
+        return seeds
+    group_of = near[seeds].to(torch.uint8).argmax(dim=0)
+    group_of[seeds] = torch.arange(len(seeds), device=seeds.device)
+    return group_of
 
 
 def _add_up(
     boxes: torch.Tensor, masks: torch.Tensor, weights: torch.Tensor, region: list[int], caffe: bool
 ) -> torch.Tensor:
-    """Render the masks (K, m, m) of boxes (K, 4) in a region (x1, y1, x2, y2) and add them up: (D, h, w)."""
+    """Render the masks (K, m, m) of boxes (K, 4) in a region (x1, y1, x2, y2) and add them up: (D, h, w).
+
+    A rendered row is a weighted sum of rows of texels that have been stretched along x: an embedding bag, as stretching
+    is. Only the two texels next to a pixel take part, not a whole row or column as in a product of matrices.
+    """
     x1, y1, x2, y2 = region
-    terms = _rendering_terms(boxes, region, masks.shape[-1], caffe)
-    terms = [(rows, masks @ columns.transpose(1, 2)) for rows, columns in terms]  # (K, h, m), (K, m, w)
+    x = _find_texels(boxes[:, 0], boxes[:, 2], x1, x2, masks.shape[2], caffe)
+    y = _find_texels(boxes[:, 1], boxes[:, 3], y1, y2, masks.shape[1], caffe)
+    if caffe:
+        # Bilinear, unless either next texel would be beyond the last: then the nearest above and to the left.
+        stretched = [
+            _stretch(masks, x, (1 - x.fraction) * (x.inside - x.last), x.fraction * (x.inside - x.last)),
+            _stretch(masks, x, x.inside, torch.zeros_like(x.inside)),
+            _stretch(masks, x, x.last, torch.zeros_like(x.inside)),
+        ]
+        terms = [  # which of these, which of its rows of texels, and its weight
+            (0, y.low, (1 - y.fraction) * (y.inside - y.last)),
+            (0, y.high, y.fraction * (y.inside - y.last)),
+            (1, y.low, y.last),
+            (2, y.low, y.inside - y.last),
+        ]
+    else:
+        stretched = [_stretch(masks, x, (1 - x.fraction) * x.inside, x.fraction * x.inside)]
+        terms = [(0, y.low, (1 - y.fraction) * y.inside), (0, y.high, y.fraction * y.inside)]
+    first_row = masks.shape[1] * torch.arange(len(masks), device=masks.device)[:, None]
+    index = torch.stack([which * len(stretched[0]) + first_row + low for which, low, _ in terms], dim=2)  # (K, h, T)
+    weight = torch.stack([weight for *_, weight in terms], dim=2)
+    table = torch.cat(stretched) if caffe else stretched[0]
+
     strip = max(1, _MAX_RENDERED_PIXELS // (len(boxes) * (x2 - x1)))
     merged = []
     for start in range(0, y2 - y1, strip):
-        rendered, *others = (rows[:, start : start + strip] @ masked for rows, masked in terms)  # (K, strip, w)
-        for other in others:
-            rendered += other
-        merged.append((weights @ rendered.flatten(1)).view(len(weights), -1, x2 - x1))
+        some = slice(start, start + strip)
+        rendered = _bag(table, index[:, some], weight[:, some])  # (K * strip, w)
+        merged.append((weights @ rendered.view(len(boxes), -1)).view(len(weights), -1, x2 - x1))
     return torch.cat(merged, dim=1)
 
 
-def _rendering_terms(
-    boxes: torch.Tensor, region: list[int], size: int, caffe: bool
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Weights of the texels at the pixels of a region: pairs (K, h, m), (K, w, m).
+class _Texels(NamedTuple):
+    """Where n pixels lie among m texels along one axis of K boxes; all (K, n)."""
 
-    A rendered mask is the sum of rows @ mask @ columns^T over the pairs. Pixels outside the box get no weight.
-    """
-    x1, y1, x2, y2 = region
-    rows = _axis_weights(boxes[:, 1], boxes[:, 3], y1, y2, size, caffe)
-    columns = _axis_weights(boxes[:, 0], boxes[:, 2], x1, x2, size, caffe)
-    if not caffe:
-        return [(rows.bilinear, columns.bilinear)]
-    # Bilinear, unless one of the two next texels would be beyond the last: then the nearest above and to the left.
-    return [
-        (rows.bilinear * ~rows.is_last, columns.bilinear * ~columns.is_last),
-        (rows.nearest * rows.is_last, columns.nearest),
-        (rows.nearest * ~rows.is_last, columns.nearest * columns.is_last),
-    ]
+    low: torch.Tensor  # int64, the texel at or before the pixel
+    high: torch.Tensor  # int64, the one after it
+    fraction: torch.Tensor  # how far the pixel is from the first to the second
+    inside: torch.Tensor  # 1 where the pixel belongs to the box, else 0
+    last: torch.Tensor  # 1 where, moreover, the first is the last of the texels
 
 
-class _AxisWeights(NamedTuple):
-    """Weights of m texels at n pixels along one axis of K boxes."""
-
-    bilinear: torch.Tensor  # (K, n, m)
-    nearest: torch.Tensor | None = None  # (K, n, m), 1 for the texel above or left of the pixel
-    is_last: torch.Tensor | None = None  # (K, n, 1), whether that is the last texel
-
-
-def _axis_weights(
-    start: torch.Tensor, end: torch.Tensor, first: int, last: int, size: int, caffe: bool
-) -> _AxisWeights:
-    """Weights at the pixels first to last - 1 for boxes from start (K,) to end (K,)."""
+def _find_texels(start: torch.Tensor, end: torch.Tensor, first: int, last: int, size: int, caffe: bool) -> _Texels:
+    """Find the pixels first to last - 1 among ``size`` texels of boxes from start (K,) to end (K,)."""
     pixel = torch.arange(first, last, dtype=start.dtype, device=start.device) + (0 if caffe else 0.5)
-    texel = torch.arange(size, dtype=start.dtype, device=start.device)
     start, end = start[:, None], end[:, None]
     inside = (pixel >= start) & ((pixel <= end) if caffe else (pixel < end))
     extent = (end - start + 1) if caffe else (end - start)
     position = (pixel - start) * size / extent.clamp(min=torch.finfo(start.dtype).tiny)
-    position = (position if caffe else position - 0.5).clamp(0, size - 1 + (0.99 if caffe else 0))
-    bilinear = (1 - (position[..., None] - texel).abs()).clamp(min=0) * inside[..., None]
-    if not caffe:
-        return _AxisWeights(bilinear)
-    texel_of_pixel = position.floor()[..., None]
-    nearest = (texel_of_pixel == texel) * inside[..., None]
-    return _AxisWeights(bilinear, nearest.to(start), texel_of_pixel == size - 1)
+    position = (position if caffe else position - 0.5).clamp(0, size - 1)
+    low = position.floor()
+    high = (low + 1).clamp(max=size - 1)
+    is_last = inside & (low == size - 1)
+    return _Texels(low.long(), high.long(), position - low, inside.to(start), is_last.to(start))
+
+
+def _stretch(masks: torch.Tensor, x: _Texels, low_weight: torch.Tensor, high_weight: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of two columns of texels of masks (K, m, m) at each pixel, by row: (K * m, w)."""
+    count, size, _ = masks.shape
+    first_column = size * torch.arange(count, device=masks.device)[:, None]
+    index = torch.stack((first_column + x.low, first_column + x.high), dim=2)
+    columns = masks.transpose(1, 2).reshape(count * size, size)
+    sums = _bag(columns, index, torch.stack((low_weight, high_weight), dim=2))  # (K * w, m)
+    return sums.view(count, -1, size).transpose(1, 2).reshape(count * size, -1)
+
+
+def _bag(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of rows of a table (rows, n) over the last axis of index and weight (K, p, T): (K * p, n)."""
+    return F.embedding_bag(index.flatten(0, 1), table, per_sample_weights=weight.flatten(0, 1), mode="sum")
 
 
 def _tight_boxes(maps: torch.Tensor, threshold: float, caffe: bool) -> torch.Tensor:

@@ -191,15 +191,6 @@ def test_detections_are_the_best_survivors_of_one_nms_for_each_class(limit, coun
     assert list(zip(index.tolist(), cls.tolist())) == [(k, c) for _, k, c in survivors]
 
 
-def test_groups_are_detections_that_share_voters_directly_or_by_others():
-    votes = torch.zeros(6, 9, dtype=torch.bool)
-    for detection, voters in enumerate([[0, 1], [2], [1, 3], [4], [3, 5], [2, 6]]):
-        votes[detection, voters] = True
-    groups = mask_voting._group_by_common_voters(votes).tolist()
-    assert groups[0] == groups[2] == groups[4] and groups[1] == groups[5]
-    assert len({groups[0], groups[1], groups[3]}) == 3
-
-
 def test_max_detections_keeps_the_best_of_all_classes():
     everything, best = vote_masks(*make_candidates(), SIZE), vote_masks(*make_candidates(), SIZE, max_detections=4)
     assert len(everything) > 4
