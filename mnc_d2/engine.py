@@ -24,8 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import MNCCheckpointer
 from .data import MNCDatasetMapper
 from .evaluation import BoxLevelEvaluator, PredictionPictures
-
-PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+from .layers import HALF_PRECISIONS
 
 
 class MNCTrainer(DefaultTrainer):
@@ -236,7 +235,7 @@ def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
         return None
     if cfg.SOLVER.AMP.PRECISION == "auto":
         return torch.bfloat16 if cfg.MODEL.DEVICE == "cpu" else torch.float16
-    return PRECISIONS[cfg.SOLVER.AMP.PRECISION]
+    return HALF_PRECISIONS[cfg.SOLVER.AMP.PRECISION]
 
 
 def check_solver(cfg: CfgNode, num_processes: int) -> None:
@@ -251,7 +250,7 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     """
     if cfg.SOLVER.ACCUMULATE < 1:
         raise ValueError(f"SOLVER.ACCUMULATE must be at least 1, got {cfg.SOLVER.ACCUMULATE}.")
-    names = ["auto", *PRECISIONS]
+    names = ["auto", *HALF_PRECISIONS]
     if cfg.SOLVER.AMP.PRECISION not in names:
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of {names}, got {cfg.SOLVER.AMP.PRECISION!r}.")
     # With a reference world size, Detectron2 changes the number of images to fit the number of processes.

@@ -87,6 +87,13 @@ def test_the_two_paths_have_weights_of_their_own(cfg):
     assert heads.predictor.cls_score.in_features == 16
 
 
+@pytest.mark.parametrize("shape", [ShapeSpec(channels=4, stride=8), ShapeSpec(channels=8, stride=16)], ids=str)
+def test_masks_from_features_of_another_shape_are_an_error_that_names_the_keys(cfg, shape):
+    cfg.MODEL.MNC.MASK_IN_FEATURES = ["other"]
+    with pytest.raises(ValueError, match="MASK_IN_FEATURES.*other.*must have the strides and channels of.*res4"):
+        MNCROIHeads(cfg, {"res4": ShapeSpec(channels=4, stride=16), "other": shape})
+
+
 def test_passes_that_share_nothing_have_heads_of_their_own(cfg):
     cfg.MODEL.MNC.SHARE_PASSES = False
     cfg.MODEL.MNC.NUM_PASSES_TRAIN = 3

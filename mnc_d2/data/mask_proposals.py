@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +27,24 @@ def save_mask_proposals(path: str | os.PathLike, boxes: np.ndarray, masks: np.nd
         path: see :func:`mask_proposals_path`.
         boxes: (P, 4), float32, x1, y1, x2, y2 in pixels of the image as it is on disk.
         masks: (P, m, m), bool or uint8 (0 to 255 for probabilities of 0 to 1), in the frame of the box.
-        scores: (P,), float32, higher is better.
+        scores: (P,), higher is better.
 
     Raises:
-        ValueError: shapes or dtypes are others.
+        ValueError: a shape, or the dtype of the masks, is another; a box has no area, or a number is not finite.
     """
-    arrays = {"boxes": np.asarray(boxes, np.float32), "masks": np.asarray(masks), "scores": np.asarray(scores)}
+    arrays = {
+        "boxes": np.asarray(boxes, np.float32),
+        "masks": np.asarray(masks),
+        "scores": np.asarray(scores, np.float32),
+    }
     _check(arrays, path)
-    with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=".part", delete=False) as file:
-        try:
+    part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
             np.savez_compressed(file, **arrays)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_mask_proposals(path: str | os.PathLike, limit: int | None = None) -> Instances:
@@ -63,15 +68,19 @@ def load_mask_proposals(path: str | os.PathLike, limit: int | None = None) -> In
         )
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("boxes", "masks", "scores")}
-    except (KeyError, OSError, ValueError) as error:
+            arrays = {
+                "boxes": file["boxes"].astype(np.float32),
+                "masks": file["masks"],
+                "scores": file["scores"].astype(np.float32),
+            }
+    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"Mask proposals {path} cannot be read: {error}") from error
     _check(arrays, path)
     order = np.argsort(-arrays["scores"], kind="stable")[:limit]
     masks = torch.from_numpy(arrays["masks"][order])
     proposals = Instances((0, 0))
     proposals.proposal_boxes = Boxes(torch.from_numpy(arrays["boxes"][order]))
-    proposals.objectness_logits = torch.from_numpy(arrays["scores"][order]).float()
+    proposals.objectness_logits = torch.from_numpy(arrays["scores"][order])
     proposals.proposal_masks = masks.float() if masks.dtype == torch.bool else masks.float() / 255
     return proposals
 

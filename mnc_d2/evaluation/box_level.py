@@ -21,7 +21,16 @@ class BoxLevelEvaluator(DatasetEvaluator):
         self.evaluator.reset()
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
-        """Take outputs of a model whose MODEL.MNC.OUTPUTS has "box_instances"."""
+        """Take outputs of a model whose MODEL.MNC.OUTPUTS has "box_instances".
+
+        Raises:
+            ValueError: they have none.
+        """
+        if any("box_instances" not in output for output in outputs):
+            raise ValueError(
+                'MODEL.MNC.OUTPUTS has "box_instances", but the model returns none: MODEL.META_ARCHITECTURE must be '
+                '"MultitaskNetworkCascade".'
+            )
         self.evaluator.process(inputs, [{"instances": output["box_instances"]} for output in outputs])
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:

@@ -42,7 +42,7 @@ def vote_masks(
         nms_threshold: a box is suppressed by a better one of its class whose IoU with it is greater.
         voting_iou_threshold: candidates whose box has at least this IoU to a survivor vote for its mask.
         mask_threshold: a pixel belongs to a detection from this averaged probability on.
-        max_detections: over all classes.
+        max_detections: over all classes; negative for no limit.
         sampling: "center": boxes are continuous, a pixel belongs to a box if its centre lies inside and takes the value
             of the mask there, bilinearly between the centres of the texels; a detection without any pixel keeps its
             box. "caffe" reproduces the authors' released code: boxes hold the coordinates of the corner pixels, both
@@ -129,7 +129,7 @@ def select_detections(
         scores: (K, C).
         score_threshold: only higher scores take part.
         nms_threshold: a box is suppressed by a better one of its class whose IoU with it is greater.
-        limit: number of survivors that are wanted, over all classes.
+        limit: number of survivors that are wanted, over all classes; negative for all.
 
     Returns:
         the best survivors, highest score first: indices into ``boxes`` (D,), and classes (D,); int64.
@@ -137,6 +137,7 @@ def select_detections(
     candidate, cls = (scores > score_threshold).nonzero(as_tuple=True)
     candidate_scores, order = scores[candidate, cls].sort(descending=True, stable=True)
     candidate, cls = candidate[order], cls[order]
+    limit = len(candidate) if limit < 0 else limit
     # Boxes of different classes are moved apart, in float64, which resolves them wherever they go. What is worse than
     # the last survivor wanted cannot suppress it: mostly, a small part of the candidates will do.
     extent = (boxes.max() - boxes.min()).double() + 1 if len(boxes) else 1

@@ -17,10 +17,8 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.visualizer import Visualizer
 
 from ..data import num_classes_from_datasets
+from ..layers import HALF_PRECISIONS
 from .roi_heads.outputs import describe_pass
-
-# Of MODEL.MNC.INFERENCE_PRECISION; None for that of the weights.
-_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @META_ARCH_REGISTRY.register()
@@ -52,10 +50,9 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             )
         self.mask_threshold = mask_threshold
         self.outputs = list(outputs)
-        if inference_precision not in _PRECISIONS:
-            raise ValueError(
-                f"MODEL.MNC.INFERENCE_PRECISION must be one of {list(_PRECISIONS)}, got {inference_precision!r}"
-            )
+        names = ["float32", *HALF_PRECISIONS]
+        if inference_precision not in names:
+            raise ValueError(f"MODEL.MNC.INFERENCE_PRECISION must be one of {names}, got {inference_precision!r}")
         self.inference_precision = inference_precision
 
     @classmethod
@@ -86,7 +83,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             MODEL.MASK_ON is off; "box_instances", those of MNC_box; "passes", for each pass what it says of its boxes
             (see :func:`~mnc_d2.modeling.roi_heads.outputs.describe_pass`).
         """
-        dtype = _PRECISIONS[self.inference_precision]
+        dtype = HALF_PRECISIONS.get(self.inference_precision)
         # Boxes, scores and masks leave the layers as float32, and NMS and voting stay with that.
         with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
             if detected_instances is None and do_postprocess and self.outputs != ["instances"]:
@@ -121,9 +118,16 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         processed = []
         for index, (inputs, passes_of_image) in enumerate(zip(batched_inputs, described)):
             result = {name: self._postprocess_one(inputs, x[index]) for name, x in per_output.items()}
-            result["passes"] = [self._postprocess_one(inputs, x) for x in passes_of_image]
+            result["passes"] = [self._resize_boxes(inputs, x) for x in passes_of_image]
             processed.append({name: result[name] for name in self.outputs})
         return processed
+
+    def _resize_boxes(self, inputs: dict, result: Instances) -> Instances:
+        """As :meth:`_postprocess_one`, but all boxes are kept, in their order, also those outside the image."""
+        height, width = inputs.get("height", result.image_size[0]), inputs.get("width", result.image_size[1])
+        fields = {**result.get_fields(), "pred_boxes": result.pred_boxes.clone()}
+        fields["pred_boxes"].scale(width / result.image_size[1], height / result.image_size[0])
+        return Instances((height, width), **fields)
 
     def _postprocess_one(self, inputs: dict, result: Instances) -> Instances:
         """Bring a result to the size of the image that ``inputs`` asks for."""

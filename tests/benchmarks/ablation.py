@@ -33,6 +33,9 @@ METRICS = ("segm/AP", "segm/AP50", "segm/AP75", "bbox/AP")
 def run(overrides: Sequence[str], options: argparse.Namespace, seed: int, output: Path) -> dict[str, float]:
     """Train and evaluate once; return the metrics that Detectron2 wrote last, and seconds."""
     results = output / "ablation.json"
+    settings = [list(overrides), options.train, options.val, options.iterations, options.opts]
+    if results.exists() and json.loads(results.read_text())["settings"] != settings:
+        raise ValueError(f"{output} holds a run with other settings; delete it or give another --output")
     if not results.exists():
         command = [sys.executable, str(ROOT / "train_net.py")]
         command += ["--config-file", str(ROOT / "configs" / "quickstart" / "mnc_R_18_FPN.yaml")]
@@ -47,8 +50,8 @@ def run(overrides: Sequence[str], options: argparse.Namespace, seed: int, output
         last = json.loads((output / "metrics.json").read_text().splitlines()[-1])
         values = {metric: last[metric] for metric in METRICS}
         # Written last: only a run that was finished counts.
-        results.write_text(json.dumps({**values, "seconds": time.perf_counter() - start}))
-    return json.loads(results.read_text())
+        results.write_text(json.dumps({"settings": settings, **values, "seconds": time.perf_counter() - start}))
+    return {name: value for name, value in json.loads(results.read_text()).items() if name != "settings"}
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:

@@ -37,6 +37,13 @@ def test_what_is_saved_is_loaded_best_first(path, dtype):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_scores_of_any_dtype_are_in_the_same_order(path):
+    save_mask_proposals(path, BOXES, make_masks(), np.array([0, 200, 100], np.uint8))
+    assert load_mask_proposals(path).objectness_logits.tolist() == [200, 100, 0]
+    np.savez(path, boxes=BOXES, masks=make_masks(), scores=np.array([0, 200, 100], np.uint8))
+    assert load_mask_proposals(path).objectness_logits.tolist() == [200, 100, 0]
+
+
 def test_no_proposals(path):
     save_mask_proposals(path, np.zeros((0, 4)), np.zeros((0, 7, 7), bool), np.zeros(0))
     proposals = load_mask_proposals(path)
@@ -68,9 +75,12 @@ def test_bad_arrays_are_errors_that_name_the_file(path, change, message):
 def test_a_file_that_is_missing_or_of_another_kind_is_an_error_that_names_it(path):
     with pytest.raises(FileNotFoundError, match="proposals.npz do not exist.*DATASETS.MASK_PROPOSALS"):
         load_mask_proposals(path)
-    path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="proposals.npz cannot be read"):
-        load_mask_proposals(path)
+    save_mask_proposals(path, BOXES, make_masks(), SCORES)
+    whole = path.read_bytes()
+    for content in (b"nothing", b"", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="proposals.npz cannot be read"):
+            load_mask_proposals(path)
     np.savez(path, boxes=np.array([{}], dtype=object), masks=make_masks(), scores=SCORES)
     with pytest.raises(ValueError, match="proposals.npz cannot be read.*allow_pickle"):
         load_mask_proposals(path)

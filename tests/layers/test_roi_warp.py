@@ -141,7 +141,7 @@ def round_half_away(x):
 
 
 def slow_caffe_warp(features, rois, size, scale):
-    """Section 3 of the design, one sample at a time."""
+    """The released layer, one sample at a time."""
     n, channels, height, width = features.shape
     result = torch.zeros(len(rois), channels, size, size, dtype=features.dtype)
     for r, roi in enumerate(rois.tolist()):

@@ -173,7 +173,7 @@ def test_unknown_sampling_is_an_error():
         vote_masks(*make_candidates(), SIZE, sampling="nearest")
 
 
-@pytest.mark.parametrize("limit", [1, 3, 20, 10_000])
+@pytest.mark.parametrize("limit", [1, 3, 20, 10_000, -1])
 @pytest.mark.parametrize("count, num_classes", [(40, 1), (60, 7), (30, 300)])
 def test_detections_are_the_best_survivors_of_one_nms_for_each_class(limit, count, num_classes):
     generator = torch.Generator().manual_seed(0)
@@ -186,7 +186,7 @@ def test_detections_are_the_best_survivors_of_one_nms_for_each_class(limit, coun
         candidates = (scores[:, cls] > 0.2).nonzero().squeeze(1)
         kept = candidates[nms(boxes[candidates], scores[candidates, cls], 0.3)]
         survivors += [(scores[k, cls].item(), k.item(), cls) for k in kept]
-    survivors = sorted(survivors, reverse=True)[:limit]
+    survivors = sorted(survivors, reverse=True)[: limit if limit > 0 else None]
     index, cls = mask_voting.select_detections(boxes, scores, 0.2, 0.3, limit)
     assert list(zip(index.tolist(), cls.tolist())) == [(k, c) for _, k, c in survivors]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 
@@ -27,6 +28,13 @@ class CFMROIHeads(MNCROIHeads):
             kwargs: those of :class:`MNCROIHeads`; the mask head is not used.
         """
         super().__init__(**{**kwargs, "mask_head": None, "num_passes_train": 1, "num_passes_test": 1})
+
+    @classmethod
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.MNC.SHARE_PASSES = True  # there is one
+        return super().from_config(cfg, input_shape)
 
     def forward(
         self,

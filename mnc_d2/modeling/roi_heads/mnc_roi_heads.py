@@ -129,7 +129,14 @@ class MNCROIHeads(ROIHeads):
             sampling_ratio=cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO,
             sampling=mnc.ROI_WARP_SAMPLING,
         )
-        channels = input_shape[in_features[0]].channels
+        mask_in_features = mnc.MASK_IN_FEATURES or in_features
+        shapes, mask_shapes = ([input_shape[name] for name in names] for names in (in_features, mask_in_features))
+        if [(x.stride, x.channels) for x in shapes] != [(x.stride, x.channels) for x in mask_shapes]:
+            raise ValueError(
+                f"MODEL.MNC.MASK_IN_FEATURES {list(mask_in_features)} must have the strides and channels of "
+                f"MODEL.ROI_HEADS.IN_FEATURES {list(in_features)}"
+            )
+        channels = shapes[0].channels
         size = pooler.output_size
         resolution = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
         classifier_shape = ShapeSpec(channels=channels, height=resolution, width=resolution)
@@ -144,7 +151,7 @@ class MNCROIHeads(ROIHeads):
         return {
             **super().from_config(cfg),
             "in_features": in_features,
-            "mask_in_features": mnc.MASK_IN_FEATURES,
+            "mask_in_features": mask_in_features,
             "pooler": pooler,
             "mask_head": per_pass(lambda: build_mask_head(cfg, ShapeSpec(channels=channels, height=size, width=size))),
             "mask_path_head": mask_path_head,
@@ -385,13 +392,14 @@ class MNCROIHeads(ROIHeads):
             image_sizes: (height, width) of each image.
 
         Returns:
-            one Instances per image, as :func:`~mnc_d2.modeling.vote_masks` returns them.
+            one Instances per image, as :func:`~mnc_d2.modeling.vote_masks` returns them, but for the far corners of
+            boxes, which are exclusive with any ``voting_sampling``, as the rest of Detectron2 takes them.
         """
         predictor = _module_of_pass(self.predictor, 0)  # the thresholds are those of any pass
         boxes = gather_by_image([torch.cat([x.tensor for x in o.boxes]) for o in outputs], outputs)
         masks = gather_by_image([o.masks for o in outputs], outputs)
         scores = gather_by_image([o.mask_scores.softmax(dim=1)[:, : self.num_classes] for o in outputs], outputs)
-        return [
+        results = [
             vote_masks(
                 *candidates,
                 image_size,
@@ -404,6 +412,10 @@ class MNCROIHeads(ROIHeads):
             )
             for *candidates, image_size in zip(boxes, scores, masks, image_sizes)
         ]
+        if self.voting_sampling == "caffe":
+            for result in results:
+                result.pred_boxes.tensor[:, 2:] += 1
+        return results
 
     def detect_boxes(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """Reduce the candidates of all passes to boxes (MNC_box): class-specific, with box-level scores, after NMS.
