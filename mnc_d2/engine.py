@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -307,6 +308,8 @@ def join_torchrun() -> None:
 def leave_process_group() -> None:
     """Wait for the other processes, then part from them; nothing to do for a process on its own."""
     if dist.is_initialized():
+        # A trainer and its hooks refer to each other: without this its DistributedDataParallel outlives the group.
+        gc.collect()
         # Over gloo, which minds no processes that share a GPU, as those do that check_device refuses.
         comm.all_gather(None)
         dist.destroy_process_group()
