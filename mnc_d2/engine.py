@@ -312,4 +312,8 @@ def leave_process_group() -> None:
         gc.collect()
         # Over gloo, which minds no processes that share a GPU, as those do that check_device refuses.
         comm.all_gather(None)
+        if dist.get_backend() == "gloo":
+            # Its threads let go of tensors a moment after a call has returned, which ends the process by SIGABRT if
+            # Python has begun to shut down. A barrier takes that moment, and has no tensors of its own.
+            dist.barrier()
         dist.destroy_process_group()
