@@ -172,13 +172,17 @@ def _merge_masks(
     """Render masks (K, m, m) of boxes (K, 4) in the image and add them up with weights (D, K), those of votes (D, K).
 
     The detections of a group, group_of (D,), lie near one another: their voters are rendered once, where any of them
-    is, and added up by one matrix product. The loop over groups reads their sizes once, before it starts.
+    is, and added up by one matrix product. What the loop over groups has to know on the host is read before it starts.
     """
     if len(votes) == 0:
         none = boxes.new_zeros(0, 4)
         return _MergedMaps(boxes.new_zeros(0), none.long()[:, 0], none.long(), none)
     height, width = image_size
-    group_votes = torch.stack([votes[group_of == g].any(dim=0) for g in range(int(group_of.max()) + 1)])  # (groups, K)
+    membership = F.one_hot(group_of)  # (D, groups)
+    group_votes = (membership.T.to(weights) @ votes.to(weights)) > 0  # (groups, K)
+    order = group_of.argsort(stable=True)
+    members_of = order.split(membership.sum(dim=0).tolist())
+    voters_of = group_votes.nonzero()[:, 1].split(group_votes.sum(dim=1).tolist())
     # One pixel more on each side: samples between the last pixel inside and the first outside need that.
     low = boxes[:, :2].floor() - 1
     high = boxes[:, 2:].floor() + 3
@@ -187,14 +191,11 @@ def _merge_masks(
     high = torch.where(group_votes[..., None], high, -torch.inf).amax(dim=1).clamp(min=1).minimum(limit)
     group_regions = torch.cat((low, high.maximum(low + 1)), dim=1).long()  # (groups, 4)
 
-    values, tight, order = [], [], []
-    for g, region in enumerate(group_regions.tolist()):
-        members, voters = (group_of == g).nonzero().squeeze(1), group_votes[g].nonzero().squeeze(1)
+    values, tight = [], []
+    for members, voters, region in zip(members_of, voters_of, group_regions.tolist()):
         merged = _add_up(boxes[voters], masks[voters], weights[members][:, voters], region, caffe)
         tight.append(_tight_boxes(merged, threshold, caffe) + boxes.new_tensor(region[:2] * 2))
         values.append(merged.flatten())
-        order.append(members)
-    order = torch.cat(order)
     regions = group_regions[group_of]
     sizes = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1]))[order]
     back = order.argsort()
