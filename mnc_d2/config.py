@@ -72,8 +72,6 @@ def add_mnc_config(cfg: CN) -> None:
 
     # Mask voting: boxes with at least this IoU to a surviving box contribute their mask.
     mnc.VOTING_IOU_THRESHOLD = 0.5
-    # How masks are rendered and sampled there: "center" (Detectron2's conventions) or "caffe" (the released code).
-    mnc.VOTING_SAMPLING = "center"
 
     # Folder of precomputed mask proposals for convolutional feature masking, see datasets/README.md; "" for none.
     # DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN and _TEST limit their number.
@@ -106,6 +104,10 @@ def add_mnc_config(cfg: CN) -> None:
     # Precision of convolutions and matrix products at inference: "float32", "bfloat16" or "float16". Coordinates, NMS
     # and mask voting are float32 whatever it is.
     mnc.INFERENCE_PRECISION = "float32"
+
+    # Whether test images are resized by one exact factor, to float32, as the released code does (see ResizeByExactScale);
+    # if not, to a size in whole pixels, as Detectron2 does.
+    cfg.INPUT.EXACT_SCALE_TEST = False
 
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0

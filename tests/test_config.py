@@ -28,7 +28,6 @@ KEYS = {
     "MASK_LOSS_WEIGHT": ("mask_loss_weight", 2.0),
     "NEXT_BOX_BACKGROUND": ("next_box_background", False),
     "VOTING_IOU_THRESHOLD": ("voting_iou_threshold", 0.7),
-    "VOTING_SAMPLING": ("voting_sampling", "caffe"),
 }
 
 

@@ -5,13 +5,17 @@ from detectron2.data import DatasetCatalog
 from .coco import num_classes_from_datasets, register_coco_dataset
 from .mapper import MNCDatasetMapper
 from .mask_proposals import mask_proposals_path, save_mask_proposals
+from .resize import ResizeByExactScale, build_test_resize, exact_scale, scaled_size
 from .shapes import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, prepare_dataset, prepare_shapes, register_shapes
 
 __all__ = [
     "MNCDatasetMapper",
+    "ResizeByExactScale",
     "SHAPES_CLASSES",
     "SHAPES_SPLITS",
     "ShapesSpec",
+    "build_test_resize",
+    "exact_scale",
     "mask_proposals_path",
     "num_classes_from_datasets",
     "prepare_dataset",
@@ -19,6 +23,7 @@ __all__ = [
     "register_coco_dataset",
     "register_shapes",
     "save_mask_proposals",
+    "scaled_size",
 ]
 
 for _name, _spec in SHAPES_SPLITS.items():

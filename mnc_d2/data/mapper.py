@@ -14,6 +14,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks
 
 from .mask_proposals import load_mask_proposals, mask_proposals_path, transform_mask_proposals
+from .resize import build_test_resize
 
 __all__ = ["MNCDatasetMapper"]
 
@@ -65,8 +66,11 @@ class MNCDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg, is_train: bool = True) -> dict[str, Any]:
         datasets = cfg.DATASETS
+        arguments = super().from_config(cfg, is_train)
+        if not is_train and cfg.INPUT.get("EXACT_SCALE_TEST", False):
+            arguments["augmentations"] = [build_test_resize(cfg)]
         return {
-            **super().from_config(cfg, is_train),
+            **arguments,
             "mask_proposals": datasets.get("MASK_PROPOSALS", ""),
             "mask_proposals_limit": (
                 datasets.PRECOMPUTED_PROPOSAL_TOPK_TRAIN if is_train else datasets.PRECOMPUTED_PROPOSAL_TOPK_TEST
@@ -80,7 +84,7 @@ class MNCDatasetMapper(DatasetMapper):
             dataset_dict: a record in Detectron2's dataset format; it is not changed.
 
         Returns:
-            The record with "image" (uint8 (3, H, W)), in training "instances" in place of "annotations" and, if there
+            The record with "image" ((3, H, W), uint8, or float32 with INPUT.EXACT_SCALE_TEST), in training "instances" in place of "annotations" and, if there
             is a folder of them, "proposals": see :func:`mnc_d2.data.mask_proposals.transform_mask_proposals`.
 
         Raises:

@@ -1,4 +1,5 @@
 from .backbone import VGG16, TimmBackbone, UnsharedBackbones
+from .caffe import CaffeMultitaskNetworkCascade
 from .mask_voting import vote_masks
 from .meta_arch import MultitaskNetworkCascade
 from .poolers import RoIWarpPooler
@@ -7,6 +8,7 @@ from .roi_heads import CFMROIHeads, MaskRegressionHead, MNCOutputLayers, MNCROIH
 
 __all__ = [
     "CFMROIHeads",
+    "CaffeMultitaskNetworkCascade",
     "CausalRPN",
     "MNCOutputLayers",
     "MNCROIHeads",

@@ -30,6 +30,9 @@ class MNCROIHeads(ROIHeads):
     The boxes of a pass are those that the pass before regressed. All passes share their weights, or each has its own.
     """
 
+    # Of mask voting, see vote_masks.
+    voting_sampling = "center"
+
     @configurable
     def __init__(
         self,
@@ -55,7 +58,6 @@ class MNCROIHeads(ROIHeads):
         mask_loss_weight: float = 1.0,
         next_box_background: bool = True,
         voting_iou_threshold: float = 0.5,
-        voting_sampling: str = "center",
         mask_on: bool = True,
         mask_in_features: list[str] | None = None,
         **kwargs,
@@ -79,7 +81,7 @@ class MNCROIHeads(ROIHeads):
             delta_gradient_clip, border_gradient: as in :class:`~mnc_d2.modeling.CausalRPN`.
             background_bands, background_fractions: see :func:`~mnc_d2.modeling.roi_heads.sampling.sample_rois`.
             mask_target_threshold, mask_threshold, mask_iou_threshold, mask_loss_weight, next_box_background,
-                voting_iou_threshold, voting_sampling: see :func:`mnc_d2.add_mnc_config`.
+                voting_iou_threshold: see :func:`mnc_d2.add_mnc_config`.
             mask_on: whether inference returns masks, by mask voting; if not, boxes only, scored at box level.
             mask_in_features: names of the feature maps that the mask head pools from; by default ``in_features``.
             kwargs: those of Detectron2's ``ROIHeads``.
@@ -115,7 +117,6 @@ class MNCROIHeads(ROIHeads):
         self.mask_loss_weight = mask_loss_weight
         self.next_box_background = next_box_background
         self.voting_iou_threshold = voting_iou_threshold
-        self.voting_sampling = voting_sampling
         self.mask_on = mask_on
         self.mask_in_features = mask_in_features or in_features
 
@@ -172,7 +173,6 @@ class MNCROIHeads(ROIHeads):
             "mask_loss_weight": mnc.MASK_LOSS_WEIGHT,
             "next_box_background": mnc.NEXT_BOX_BACKGROUND,
             "voting_iou_threshold": mnc.VOTING_IOU_THRESHOLD,
-            "voting_sampling": mnc.VOTING_SAMPLING,
             "mask_on": cfg.MODEL.MASK_ON,
         }
 
@@ -274,7 +274,7 @@ class MNCROIHeads(ROIHeads):
         self, index: int, features: dict[str, torch.Tensor], proposals: list[Instances], targets: list[Instances]
     ) -> tuple[PassOutput, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Run one pass on labelled proposals; return its output, its losses and its accuracies."""
-        mask_features, pooled = self._pool(features, [x.proposal_boxes for x in proposals])
+        mask_features, pooled = self._pool(features, [x.proposal_boxes for x in proposals], index)
         logits = _module_of_pass(self.mask_head, index)(mask_features)
         truth = mask_targets(proposals, targets, logits.shape[-1])
         output, losses, metrics = self._train_classifier(index, pooled, logits.sigmoid(), proposals, truth)
@@ -324,8 +324,11 @@ class MNCROIHeads(ROIHeads):
         }
         return PassOutput(index, boxes, masks, *predictions), losses, metrics
 
-    def _pool(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the features (R, C, S, S) of the boxes for the mask head and for the classifier."""
+    def _pool(
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes], index: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features (R, C, S, S) of the boxes for the mask head and for the classifier of a pass."""
+        del index  # pooling is the same in all passes
         pooled = self.pooler([features[name] for name in self.in_features], boxes)
         if self.mask_in_features == self.in_features:
             return pooled, pooled
@@ -337,12 +340,16 @@ class MNCROIHeads(ROIHeads):
         """Stage 3: classify features (R, C, S, S) under masks (R, m, m); returns what the predictor does."""
         stride = self.pooler.output_size // self.classifier_resolution
         if masks.shape[-1] != pooled.shape[-1]:
-            masks = F.interpolate(masks[:, None], size=pooled.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+            masks = self._resize_masks(masks, pooled.shape[-1])
         masked = pooled * masks[:, None].to(pooled.dtype)
         mask_path = _module_of_pass(self.mask_path_head, index)(F.max_pool2d(masked, stride))
         box_path = _module_of_pass(self.box_path_head, index)(F.max_pool2d(pooled, stride))
         joint = torch.cat((mask_path.flatten(1), box_path.flatten(1)), dim=1)
         return _module_of_pass(self.predictor, index)(joint)
+
+    def _resize_masks(self, masks: torch.Tensor, size: int) -> torch.Tensor:
+        """Resize masks (R, m, m) to the size of the features under them: (R, size, size)."""
+        return F.interpolate(masks[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
 
     def _next_boxes(self, output: PassOutput, image_sizes: list[tuple[int, int]]) -> list[Boxes]:
         """Regress the boxes of the next pass with the deltas of each box's best class, and clip them to the image."""
@@ -379,7 +386,7 @@ class MNCROIHeads(ROIHeads):
         for index in range(self.num_passes_test):
             if index > 0:
                 boxes = self._next_boxes(outputs[-1], image_sizes)
-            mask_features, pooled = self._pool(features, boxes)
+            mask_features, pooled = self._pool(features, boxes, index)
             masks = _module_of_pass(self.mask_head, index)(mask_features).sigmoid()
             outputs.append(PassOutput(index, boxes, masks, *self._classify(index, pooled, masks)))
         return outputs
@@ -392,14 +399,13 @@ class MNCROIHeads(ROIHeads):
             image_sizes: (height, width) of each image.
 
         Returns:
-            one Instances per image, as :func:`~mnc_d2.modeling.vote_masks` returns them, but for the far corners of
-            boxes, which are exclusive with any ``voting_sampling``, as the rest of Detectron2 takes them.
+            one Instances per image, as :func:`~mnc_d2.modeling.vote_masks` returns them.
         """
         predictor = _module_of_pass(self.predictor, 0)  # the thresholds are those of any pass
         boxes = gather_by_image([torch.cat([x.tensor for x in o.boxes]) for o in outputs], outputs)
         masks = gather_by_image([o.masks for o in outputs], outputs)
         scores = gather_by_image([o.mask_scores.softmax(dim=1)[:, : self.num_classes] for o in outputs], outputs)
-        results = [
+        return [
             vote_masks(
                 *candidates,
                 image_size,
@@ -412,10 +418,6 @@ class MNCROIHeads(ROIHeads):
             )
             for *candidates, image_size in zip(boxes, scores, masks, image_sizes)
         ]
-        if self.voting_sampling == "caffe":
-            for result in results:
-                result.pred_boxes.tensor[:, 2:] += 1
-        return results
 
     def detect_boxes(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """Reduce the candidates of all passes to boxes (MNC_box): class-specific, with box-level scores, after NMS.
@@ -428,7 +430,7 @@ class MNCROIHeads(ROIHeads):
             one Instances per image with ``pred_boxes``, ``scores`` and ``pred_classes``, highest score first.
         """
         predictor = _module_of_pass(self.predictor, 0)
-        boxes = [predictor.predict_class_boxes(torch.cat([x.tensor for x in o.boxes]), o.deltas) for o in outputs]
+        boxes = [self._class_boxes(output) for output in outputs]
         detections, _ = fast_rcnn_inference(
             gather_by_image(boxes, outputs),
             gather_by_image([o.scores.softmax(dim=1) for o in outputs], outputs),
@@ -438,6 +440,11 @@ class MNCROIHeads(ROIHeads):
             predictor.test_topk_per_image,
         )
         return detections
+
+    def _class_boxes(self, output: PassOutput) -> torch.Tensor:
+        """Regress the boxes of a pass for each foreground class: (R, 4 C)."""
+        boxes = torch.cat([x.tensor for x in output.boxes])
+        return _module_of_pass(self.predictor, output.index).predict_class_boxes(boxes, output.deltas)
 
     def forward_with_given_boxes(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
@@ -453,8 +460,9 @@ class MNCROIHeads(ROIHeads):
         """
         if not self.mask_on:
             return instances
-        mask_features, _ = self._pool(features, [x.pred_boxes for x in instances])
-        masks = _module_of_pass(self.mask_head, self.num_passes_test - 1)(mask_features).sigmoid()
+        index = self.num_passes_test - 1
+        mask_features, _ = self._pool(features, [x.pred_boxes for x in instances], index)
+        masks = _module_of_pass(self.mask_head, index)(mask_features).sigmoid()
         for instance, masks_of_image in zip(instances, masks.split([len(x) for x in instances])):
             instance.pred_masks = masks_of_image[:, None]
         return instances

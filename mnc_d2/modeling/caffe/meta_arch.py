@@ -1,0 +1,91 @@
+"""The whole released model, from images that were resized by an exact factor."""
+
+from __future__ import annotations
+
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Boxes, ImageList, Instances
+
+from ...data import exact_scale, scaled_size
+from ..meta_arch import MultitaskNetworkCascade
+from .boxes import NetworkInputSize, pixel_extents
+
+
+@META_ARCH_REGISTRY.register()
+class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
+    """A cascade that takes one image at a time, resized by :class:`~mnc_d2.data.ResizeByExactScale`. Inference only."""
+
+    @configurable
+    def __init__(self, *, short_side: int, long_side: int, **kwargs) -> None:
+        """
+        Args:
+            short_side, long_side: as of ``ResizeByExactScale``, in pixels.
+            kwargs: those of :class:`~mnc_d2.modeling.MultitaskNetworkCascade`.
+        """
+        super().__init__(**kwargs)
+        self.short_side = short_side
+        self.long_side = long_side
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {
+            **super().from_config(cfg),
+            "short_side": cfg.INPUT.MIN_SIZE_TEST,
+            "long_side": cfg.INPUT.MAX_SIZE_TEST,
+        }
+
+    def forward(self, batched_inputs: list[dict]):
+        """As ``GeneralizedRCNN.forward`` at inference.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+        """
+        if self.training:
+            raise RuntimeError(
+                "CaffeMultitaskNetworkCascade reproduces the released network at inference and cannot be trained. "
+                "To train, take configs/PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage.yaml."
+            )
+        return super().forward(batched_inputs)
+
+    def inference(
+        self,
+        batched_inputs: list[dict],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ) -> list[dict] | list[Instances]:
+        """As :meth:`MultitaskNetworkCascade.inference`, image by image: in a batch they would have to be padded."""
+        results = []
+        for index, inputs in enumerate(batched_inputs):
+            detected = None if detected_instances is None else [detected_instances[index]]
+            results += super().inference([inputs], detected, do_postprocess)
+        return results
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """As :meth:`MultitaskNetworkCascade.preprocess_image`; the image sizes are :class:`NetworkInputSize`."""
+        images = super().preprocess_image(batched_inputs)
+        images.image_sizes = [self._input_size(x, size) for x, size in zip(batched_inputs, images.image_sizes)]
+        return images
+
+    def _input_size(self, inputs: dict, size: tuple[int, int]) -> NetworkInputSize:
+        """Find the scale of an image, which its size in whole pixels does not tell exactly.
+
+        Raises:
+            ValueError: the input has not the size that its original height and width lead to, or lacks these.
+        """
+        name = inputs.get("file_name", "An image")
+        if "height" not in inputs or "width" not in inputs:
+            raise ValueError(f'{name} comes without the "height" and "width" of the original image.')
+        original = inputs["height"], inputs["width"]
+        scale = exact_scale(original, self.short_side, self.long_side)
+        if scaled_size(original, scale) != tuple(size):
+            raise ValueError(
+                f"{name} of {original[1]} x {original[0]} pixels was resized to {size[1]} x {size[0]}, but the model "
+                f"needs a factor of {scale:.6g}: set INPUT.EXACT_SCALE_TEST True, and resize with "
+                "mnc_d2.data.build_test_resize(cfg)."
+            )
+        return NetworkInputSize(size, scale, original)
+
+    def _resize_boxes(self, inputs: dict, result: Instances) -> Instances:
+        size = result.image_size
+        boxes = Boxes(pixel_extents(result.pred_boxes.tensor / size.scale))
+        return Instances(size.original, **{**result.get_fields(), "pred_boxes": boxes})
