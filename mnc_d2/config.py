@@ -105,8 +105,8 @@ def add_mnc_config(cfg: CN) -> None:
     # and mask voting are float32 whatever it is.
     mnc.INFERENCE_PRECISION = "float32"
 
-    # Whether test images are resized by one exact factor, to float32, as the released code does (see ResizeByExactScale);
-    # if not, to a size in whole pixels, as Detectron2 does.
+    # Whether test images are resized by one exact factor, to float32, as the released code does (ResizeByExactScale);
+    # else to a size in whole pixels, as Detectron2 does.
     cfg.INPUT.EXACT_SCALE_TEST = False
 
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.

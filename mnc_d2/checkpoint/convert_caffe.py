@@ -118,8 +118,16 @@ def _reorder(layer: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def convert_file(source: str, target: str) -> list[str]:
-    """Convert a Caffe model to a checkpoint of this project, of tensors only; return the parameters not used.
+def convert_file(source: str, target: str, expected: Mapping[str, tuple[str, tuple[int, ...]]] = LAYERS) -> list[str]:
+    """Convert a Caffe model to a checkpoint of this project, of tensors only.
+
+    Args:
+        source: the released model, HDF5 or binary protobuf.
+        target: the file to write; it appears when it is complete.
+        expected: as in :func:`convert_layers`.
+
+    Returns:
+        the parameters that are not used, "layer/index".
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as :func:`~mnc_d2.checkpoint.caffe_model.read_caffe_model` and
@@ -127,7 +135,7 @@ def convert_file(source: str, target: str) -> list[str]:
     """
     layers = read_caffe_model(source)
     try:
-        state, unused = convert_layers(layers)
+        state, unused = convert_layers(layers, expected)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     temporary = f"{target}.tmp"

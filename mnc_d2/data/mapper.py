@@ -84,8 +84,9 @@ class MNCDatasetMapper(DatasetMapper):
             dataset_dict: a record in Detectron2's dataset format; it is not changed.
 
         Returns:
-            The record with "image" ((3, H, W), uint8, or float32 with INPUT.EXACT_SCALE_TEST), in training "instances" in place of "annotations" and, if there
-            is a folder of them, "proposals": see :func:`mnc_d2.data.mask_proposals.transform_mask_proposals`.
+            The record with "image" ((3, H, W); uint8, or float32 with INPUT.EXACT_SCALE_TEST), in training
+            "instances" in place of "annotations" and, if there is a folder of them, "proposals": see
+            :func:`mnc_d2.data.mask_proposals.transform_mask_proposals`.
 
         Raises:
             OSError: the image cannot be read, or its mask proposals are not there; the message names the file.

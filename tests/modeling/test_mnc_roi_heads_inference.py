@@ -50,20 +50,6 @@ def test_detections_have_the_fields_of_detectron2(make_roi_heads, make_map, prop
         assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height, width, height])).all()
 
 
-def test_far_corners_are_exclusive_with_the_sampling_of_the_released_code(make_roi_heads, make_map, make_proposals):
-    """Detectron2 pastes a mask into x1 to x2, so x2 must be where its last pixel ends, not which it is."""
-    heads = make_roi_heads(voting_sampling="caffe", num_passes_test=1, mask_head=FullMasks())
-    (result,) = infer(heads, make_map(), [make_proposals([[10.0, 12.0, 29.0, 41.0]])])
-    assert len(result) > 0
-    # With inclusive corners, the box holds pixels 10 to 29 and 12 to 41.
-    assert result.pred_boxes.tensor.tolist() == [[10.0, 12.0, 30.0, 42.0]] * len(result)
-
-
-class FullMasks(nn.Module):
-    def forward(self, features):
-        return torch.full((len(features), 4, 4), 10.0)
-
-
 def test_a_batch_gives_what_each_image_gives(make_roi_heads, make_map, proposals):
     heads, features = make_roi_heads(), make_map(n=3)
     together = infer(heads, features, proposals)

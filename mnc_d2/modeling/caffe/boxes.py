@@ -56,7 +56,7 @@ class InclusiveBoxTransform:
         """
         dtype = torch.promote_types(deltas.dtype, torch.float32)
         deltas, boxes = deltas.to(dtype), boxes.to(dtype)
-        offsets, growth = (deltas.view(len(deltas), -1, 4) / deltas.new_tensor(self.weights)).split(2, dim=2)
+        offsets, growth = (deltas.unflatten(1, (-1, 4)) / deltas.new_tensor(self.weights)).split(2, dim=2)
         sizes = boxes[:, None, 2:] - boxes[:, None, :2] + 1  # (R, 1, 2)
         centres = boxes[:, None, :2] + 0.5 * sizes + offsets * sizes
         half = 0.5 * growth.exp() * sizes

@@ -9,6 +9,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from ...data import exact_scale, scaled_size
 from ..meta_arch import MultitaskNetworkCascade
 from .boxes import NetworkInputSize, pixel_extents
+from .pasting import paste_masks
 
 
 @META_ARCH_REGISTRY.register()
@@ -84,6 +85,14 @@ class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
                 "mnc_d2.data.build_test_resize(cfg)."
             )
         return NetworkInputSize(size, scale, original)
+
+    def _postprocess_one(self, inputs: dict, result: Instances) -> Instances:
+        """Paste the masks; the boxes are in the frame of the original image already."""
+        if not result.has("pred_masks"):
+            return super()._postprocess_one(inputs, result)
+        boxes, size = result.pred_boxes.tensor, result.image_size
+        masks = paste_masks(result.pred_masks[:, 0], boxes, size, self.mask_threshold)
+        return Instances(size, **{**result.get_fields(), "pred_masks": masks})
 
     def _resize_boxes(self, inputs: dict, result: Instances) -> Instances:
         size = result.image_size

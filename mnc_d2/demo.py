@@ -1,0 +1,123 @@
+"""Pictures of what a model finds in images.
+
+    python -m mnc_d2.demo --config-file CONFIG --input IMAGES... --output FOLDER MODEL.WEIGHTS MODEL.pth
+
+CONFIG is a file, or the name of one of this project's configs, such as "quickstart/mnc_R_18_FPN.yaml". KEY VALUE pairs
+at the end override it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Instances
+from detectron2.utils.logger import setup_logger
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from PIL import Image
+from tqdm import tqdm
+
+from .config import add_mnc_config
+from .model_zoo import get_config_file
+from .predictor import MNCPredictor
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def list_images(inputs: Sequence[str]) -> list[str]:
+    """Return the paths of image files, with the images in a folder, by name, in place of the folder.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or a folder has no image.
+        ValueError: two images have the same name, and so would their pictures.
+    """
+    paths = []
+    for path in inputs:
+        if os.path.isdir(path):
+            names = sorted(name for name in os.listdir(path) if name.lower().endswith(SUFFIXES))
+            if not names:
+                raise FileNotFoundError(f"The folder {path} has no image ({', '.join(SUFFIXES)}).")
+            paths += [os.path.join(path, name) for name in names]
+        elif os.path.isfile(path):
+            paths.append(path)
+        else:
+            raise FileNotFoundError(f"The image or folder {path} does not exist.")
+    by_picture = {}
+    for path in paths:
+        other = by_picture.setdefault(_picture_name(path), path)
+        if other != path:
+            raise ValueError(f"The pictures of {other} and {path} would have the same name. Run them one by one.")
+    return list(by_picture.values())
+
+
+def _picture_name(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0] + ".png"
+
+
+def build_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
+    """Return the config of the demo.
+
+    Raises:
+        FileNotFoundError: there is no such config, or MODEL.WEIGHTS do not exist.
+        ValueError: an override is wrong, or there are no MODEL.WEIGHTS.
+    """
+    cfg = get_cfg()
+    add_mnc_config(cfg)
+    cfg.merge_from_file(config_file if os.path.isfile(config_file) else get_config_file(config_file))
+    try:
+        cfg.merge_from_list(list(overrides))
+    except (AssertionError, KeyError) as error:
+        raise ValueError(f"KEY VALUE overrides: {error}") from error
+    weights = cfg.MODEL.WEIGHTS
+    if not weights:
+        raise ValueError("The model has no weights: add MODEL.WEIGHTS and their path.")
+    if "://" not in weights and not os.path.isfile(weights):
+        raise FileNotFoundError(f"The checkpoint MODEL.WEIGHTS {weights} does not exist.")
+    return cfg
+
+
+def draw(image, instances: Instances, metadata) -> Image.Image:
+    """Draw instances into an image, uint8 (H, W, 3) in BGR order."""
+    visualizer = Visualizer(image[:, :, ::-1], metadata, instance_mode=ColorMode.IMAGE)
+    return Image.fromarray(visualizer.draw_instance_predictions(instances.to("cpu")).get_image())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what is wrong with the input ends it with one sentence."""
+    parser = argparse.ArgumentParser(description="Draw what a model finds in images.")
+    parser.add_argument("--config-file", required=True, help="a file, or the name of one of this project's configs")
+    parser.add_argument("--input", nargs="+", required=True, metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the pictures go, as <name>.png")
+    parser.add_argument("--score-threshold", type=float, default=0.5, help="of the instances that are drawn")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
+    args = parser.parse_args(arguments)
+    try:
+        paths = list_images(args.input)
+        cfg = build_config(args.config_file, args.opts)
+        setup_logger(name="mnc_d2")
+        predictor = MNCPredictor(cfg)
+        os.makedirs(args.output, exist_ok=True)
+        for path in tqdm(paths):
+            _write_picture(path, args, predictor)
+    except (OSError, ValueError) as error:
+        sys.exit(f"mnc_d2.demo: {error}")
+
+
+def _write_picture(path: str, args: argparse.Namespace, predictor: MNCPredictor) -> None:
+    try:
+        image = read_image(path, format="BGR")
+    except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
+        raise OSError(f"Image {path} cannot be read ({error}).") from error
+    instances = predictor(image)["instances"]
+    picture = draw(image, instances[instances.scores >= args.score_threshold], getattr(predictor, "metadata", None))
+    target = os.path.join(args.output, _picture_name(path))
+    picture.save(target + ".tmp", format="PNG")
+    os.replace(target + ".tmp", target)
+
+
+if __name__ == "__main__":
+    main()

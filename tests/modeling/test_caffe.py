@@ -1,0 +1,553 @@
+"""The conventions of the released network, each against a slow, obvious computation."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from torch import nn
+
+from mnc_d2.data import build_test_resize, register_coco_dataset
+from mnc_d2.engine import MNCTrainer
+from mnc_d2.layers import roi_warp
+from mnc_d2.model_zoo import get_config
+from mnc_d2.modeling import CaffeMultitaskNetworkCascade, MNCOutputLayers, RoIWarpPooler, vote_masks
+from mnc_d2.modeling.caffe import CaffeAnchorGenerator, CaffeMNCROIHeads, CaffeRPN, InclusiveBoxTransform
+from mnc_d2.modeling.caffe.boxes import NetworkInputSize, clip_to_pixels, pixel_extents
+from mnc_d2.modeling.caffe.pasting import paste_masks
+from mnc_d2.modeling.roi_heads.outputs import PassOutput
+
+CONFIG = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml"
+
+# ---- anchors
+
+
+def make_anchors(stride=16):
+    return CaffeAnchorGenerator(sizes=[[128, 256, 512]], aspect_ratios=[[0.5, 1.0, 2.0]], strides=[stride], offset=0.0)
+
+
+def test_anchors_of_the_first_cell_are_py_faster_rcnns():
+    assert list(make_anchors().cell_anchors)[0].tolist() == [
+        [-84, -40, 99, 55],
+        [-176, -88, 191, 103],
+        [-360, -184, 375, 199],
+        [-56, -56, 71, 71],
+        [-120, -120, 135, 135],
+        [-248, -248, 263, 263],
+        [-36, -80, 51, 95],
+        [-80, -168, 95, 183],
+        [-168, -344, 183, 359],
+    ]
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_anchors_are_rounded_cells_grown_around_their_centre(stride):
+    expected = []
+    for ratio in (0.5, 1.0, 2.0):
+        width = round(math.sqrt(stride * stride / ratio))
+        height = round(width * ratio)
+        for size in (128, 256, 512):
+            w, h, centre = width * size / stride, height * size / stride, (stride - 1) / 2
+            # Inclusive corners: w pixels from the first to the last.
+            expected.append([centre - (w - 1) / 2, centre - (h - 1) / 2, centre + (w - 1) / 2, centre + (h - 1) / 2])
+    assert list(make_anchors(stride).cell_anchors)[0].tolist() == expected
+
+
+def test_anchors_go_by_row_column_and_anchor():
+    (anchors,) = make_anchors()([torch.zeros(1, 1, 2, 3)])
+    first = list(make_anchors().cell_anchors)[0]
+    expected = [anchor + 16 * torch.tensor([x, y, x, y]) for y in range(2) for x in range(3) for anchor in first]
+    assert torch.equal(anchors.tensor, torch.stack(expected))
+
+
+# ---- boxes
+
+
+def random_boxes(count, limit=100.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    start = limit * torch.rand(count, 2, generator=generator)
+    return torch.cat((start, start + 0.6 * limit * torch.rand(count, 2, generator=generator)), dim=1)
+
+
+def slow_decode(box, delta):
+    x1, y1, x2, y2 = box
+    dx, dy, dw, dh = delta
+    width, height = x2 - x1 + 1, y2 - y1 + 1
+    x, y = x1 + 0.5 * width + dx * width, y1 + 0.5 * height + dy * height
+    width, height = math.exp(dw) * width, math.exp(dh) * height
+    return [x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height]
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_decoding(classes):
+    boxes = random_boxes(6).double()
+    deltas = torch.randn(6, 4 * classes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = (10.0, 10.0, 5.0, 2.0)
+    decoded = InclusiveBoxTransform(weights).apply_deltas(deltas, boxes)
+    for i in range(6):
+        for k in range(classes):
+            delta = [d / w for d, w in zip(deltas[i, 4 * k : 4 * k + 4].tolist(), weights)]
+            assert decoded[i, 4 * k : 4 * k + 4].tolist() == pytest.approx(slow_decode(boxes[i].tolist(), delta))
+
+
+def test_decoding_does_not_limit_the_size():
+    decoded = InclusiveBoxTransform((1.0, 1.0, 1.0, 1.0)).apply_deltas(
+        torch.tensor([[0.0, 0.0, 10.0, 200.0]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    )
+    assert decoded[0, 2] == pytest.approx(1 + math.exp(10), rel=1e-6)
+    assert clip_to_pixels(decoded, (50, 60)).tolist() == [[0, 0, 59, 49]]
+
+
+def test_decoding_of_no_boxes():
+    decoded = InclusiveBoxTransform((1.0, 1.0, 1.0, 1.0)).apply_deltas(torch.zeros(0, 84), torch.zeros(0, 4))
+    assert decoded.shape == (0, 84)
+
+
+def test_clipping_is_to_the_first_and_the_last_pixel():
+    boxes = torch.tensor([[-3.0, -2.0, 70.0, 80.0], [65.0, 55.0, 66.0, 56.0], [-9.0, -9.0, -5.0, -5.0], [1, 2, 59, 49]])
+    expected = [[0, 0, 59, 49], [59, 49, 59, 49], [0, 0, 0, 0], [1, 2, 59, 49]]
+    assert clip_to_pixels(boxes, (50, 60)).tolist() == expected
+
+
+def test_extents_end_where_the_last_pixel_ends():
+    boxes = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.5, 8.0]])
+    assert pixel_extents(boxes).tolist() == [[1, 2, 4, 5, 5, 6, 8.5, 9]]
+
+
+def test_input_size_is_a_size_and_survives_copies():
+    size = copy.deepcopy(NetworkInputSize((600, 840), 1.68, (357, 500)))
+    assert size == (600, 840) and size.scale == 1.68 and size.original == (357, 500)
+
+
+# ---- proposals
+
+
+def make_rpn(**overrides):
+    arguments = {
+        "in_features": ["conv5"],
+        "head": StandardRPNHead(in_channels=1, num_anchors=9),
+        "anchor_generator": make_anchors(),
+        "anchor_matcher": Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True),
+        "box2box_transform": InclusiveBoxTransform((1.0, 1.0, 1.0, 1.0)),
+        "batch_size_per_image": 32,
+        "positive_fraction": 0.5,
+        "pre_nms_topk": (0, 60),
+        "post_nms_topk": (0, 20),
+        "nms_thresh": 0.7,
+        "min_box_size": 16,
+        **overrides,
+    }
+    return CaffeRPN(**arguments).eval()
+
+
+def slow_iou(a, b):
+    def area(box):
+        return max(0.0, box[2] - box[0] + 1) * max(0.0, box[3] - box[1] + 1)
+
+    both = [max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])]
+    return area(both) / (area(a) + area(b) - area(both))
+
+
+def slow_proposals(anchors, scores, deltas, size, pre_nms=60, post_nms=20):
+    """Clip, leave out what is small, sort, take the best, NMS, take the best: boxes and scores."""
+    height, width = size
+    candidates = []
+    for anchor, score, delta in zip(anchors.tolist(), scores.tolist(), deltas.tolist()):
+        box = slow_decode(anchor, delta)
+        box = [min(max(v, 0), limit - 1) for v, limit in zip(box, (width, height) * 2)]
+        if min(box[2] - box[0] + 1, box[3] - box[1] + 1) >= 16 * size.scale:
+            candidates.append((score, box))
+    kept = []
+    for score, box in sorted(candidates, reverse=True)[:pre_nms]:
+        if all(slow_iou(box, other) <= 0.7 for _, other in kept):
+            kept.append((score, box))
+    return kept[:post_nms]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7, 0.5])
+def test_proposals(scale):
+    rpn = make_rpn()
+    (anchors,) = rpn.anchor_generator([torch.zeros(1, 1, 6, 8)])
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randperm(len(anchors), generator=generator)[None] / len(anchors)
+    deltas = 0.4 * torch.randn(1, len(anchors), 4, generator=generator)
+    deltas[..., 2:] -= 1.5  # some are too small
+    size = NetworkInputSize((90, 120), scale, (90, 120))
+    expected = slow_proposals(anchors.tensor.double(), scores[0], deltas[0].double(), size)
+    (result,) = rpn.predict_proposals([anchors], [scores], [deltas], [size])
+    assert 5 < len(expected) <= 20
+    assert result.image_size is size
+    assert result.objectness_logits.tolist() == [score for score, _ in expected]
+    # Coordinates of about 100 pixels in float32.
+    np.testing.assert_allclose(result.proposal_boxes.tensor, [box for _, box in expected], rtol=0, atol=1e-3)
+
+
+def propose(boxes, scores, scale=1.0, **overrides):
+    """Proposals from boxes that are given as anchors, best first: their coordinates."""
+    boxes, scores = torch.tensor(boxes, dtype=torch.float32), torch.tensor([scores])
+    size = NetworkInputSize((100, 100), scale, (100, 100))
+    rpn = make_rpn(**overrides)
+    (result,) = rpn.predict_proposals([Boxes(boxes)], [scores], [torch.zeros(1, len(boxes), 4)], [size])
+    return result.proposal_boxes.tensor.tolist()
+
+
+def anchor_of(box):
+    """An anchor that is decoded to this box with deltas of 0: its far corner is one less."""
+    return [box[0], box[1], box[2] - 1, box[3] - 1]
+
+
+def test_the_least_side_is_that_in_the_original_image_with_both_end_pixels():
+    enough, too_small = [10.0, 10.0, 41.0, 41.0], [50.0, 10.0, 80.9, 60.0]  # 32 and 31.9 pixels
+    assert propose([anchor_of(enough), anchor_of(too_small)], [0.5, 0.9], scale=2.0) == [enough]
+
+
+def test_small_boxes_neither_count_nor_suppress():
+    # Without the small one they are 60 % of each other; with it as the first, a limit of 1 would leave nothing.
+    small, box = [20.0, 20.0, 34.0, 90.0], [20.0, 20.0, 35.0, 90.0]
+    assert propose([anchor_of(small), anchor_of(box)], [0.9, 0.5], pre_nms_topk=(0, 1)) == [box]
+
+
+def test_overlap_counts_the_last_pixels():
+    # 0.7075 of one another with the last pixels, 0.692 without; the third is 0.689 of the first with them.
+    first, near, far = [10.0, 10.0, 29.0, 29.0], [10.0, 10.0, 29.0, 23.15], [10.0, 10.0, 25.6, 25.6]
+    assert slow_iou(first, near) > 0.7 > (19 * 13.15) / (19 * 19)
+    assert propose([anchor_of(first), anchor_of(near)], [0.9, 0.5]) == [pytest.approx(first)]
+    assert len(propose([anchor_of(first), anchor_of(far)], [0.9, 0.5])) == 2
+
+
+def test_no_proposal_is_left():
+    assert propose([[10.0, 10.0, 12.0, 12.0]], [0.9]) == []
+
+
+def test_what_is_not_finite_is_left_out():
+    box = [10.0, 10.0, 50.0, 50.0]
+    boxes = [anchor_of(box), [math.nan, 10.0, 50.0, 50.0], [60.0, 60.0, 90.0, 90.0]]
+    assert propose(boxes, [0.5, 0.9, math.nan]) == [box]
+
+
+# ---- heads
+
+
+@pytest.fixture
+def make_heads(make_roi_heads):
+    def make(**overrides):
+        heads = make_roi_heads(roi_heads=CaffeMNCROIHeads, **overrides).eval()
+        heads.predictor.box2box_transform = InclusiveBoxTransform((10.0, 10.0, 5.0, 5.0))
+        return heads
+
+    return make
+
+
+SIZE = NetworkInputSize((64, 48), 1.3, (49, 37))
+
+
+def make_output(boxes, num_classes=2, seed=0):
+    """What a pass might make of boxes of one image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(len(boxes), *shape, generator=generator)
+
+    scores, mask_scores = 2 * random(num_classes + 1), 2 * random(num_classes + 1)
+    return PassOutput(0, [Boxes(boxes)], random(4, 4).sigmoid(), scores, mask_scores, 2 * random(4 * num_classes + 4))
+
+
+def test_next_boxes_are_those_of_the_best_class_of_all_with_the_background(make_heads):
+    output = make_output(random_boxes(30, limit=40.0))
+    (result,) = make_heads()._next_boxes(output, [SIZE])
+    background = 0
+    for i, box in enumerate(output.boxes[0].tensor.tolist()):
+        cls = max(range(3), key=lambda c: output.mask_scores[i, c])  # noqa: B023
+        background += cls == 2
+        deltas = output.deltas[i, 4 * cls : 4 * cls + 4].tolist()
+        decoded = slow_decode(box, [d / w for d, w in zip(deltas, (10, 10, 5, 5))])
+        expected = [min(max(v, 0), limit - 1) for v, limit in zip(decoded, (48, 64, 48, 64))]
+        assert result.tensor[i].tolist() == pytest.approx(expected, abs=1e-4)
+    assert 0 < background < 30
+    assert (result.tensor[:, 2] == 47).any()
+
+
+@pytest.mark.parametrize("length, size", [(21, 14), (28, 14), (14, 14), (5, 7)])
+def test_masks_are_sampled_from_the_top_left_corner(make_heads, length, size):
+    masks = torch.rand(3, length, length, generator=torch.Generator().manual_seed(0))
+    result = make_heads()._resize_masks(masks, size)
+    assert result.shape == (3, size, size)
+    for i in range(size):
+        for j in range(size):
+            y, x = min(i * length / size, length - 1), min(j * length / size, length - 1)
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, length - 1), min(left + 1, length - 1)
+            upper = masks[:, top, left] * (1 - x + left) + masks[:, top, right] * (x - left)
+            lower = masks[:, bottom, left] * (1 - x + left) + masks[:, bottom, right] * (x - left)
+            expected = upper * (1 - y + top) + lower * (y - top)
+            torch.testing.assert_close(result[:, i, j], expected, rtol=0, atol=1e-6)
+
+
+def test_only_the_first_pass_takes_the_maximum_of_samples(make_heads, make_map, random_boxes):
+    heads = make_heads(pooler=RoIWarpPooler(4, [1 / 4], sampling_ratio=2, sampling="caffe"))
+    features, boxes = make_map(), random_boxes(5)
+    rois = torch.cat((torch.zeros(5, 1), boxes), dim=1)
+    for index in range(3):
+        pooled, same = heads._pool(features, [Boxes(boxes)], index)
+        assert pooled is same
+        assert torch.equal(pooled, roi_warp(features["map"], rois, 4, 1 / 4, "caffe", max_pool=index == 0))
+
+
+def original_boxes(output):
+    """Boxes of a pass in the original image."""
+    rows = [[v / 1.3 for v in box] for box in output.boxes[0].tensor.tolist()]
+    return torch.tensor([[min(max(v, 0), limit - 1) for v, limit in zip(row, (37, 49) * 2)] for row in rows])
+
+
+def test_voting_is_in_the_original_image(make_heads):
+    outputs = [make_output(random_boxes(12, limit=50.0, seed=i), seed=i) for i in range(2)]
+    (result,) = make_heads().detect_instances(outputs, [SIZE])
+    expected = vote_masks(
+        torch.cat([original_boxes(x) for x in outputs]),
+        torch.cat([x.mask_scores.softmax(dim=1)[:, :2] for x in outputs]),
+        torch.cat([x.masks for x in outputs]),
+        (49, 37),
+        nms_threshold=0.5,
+        sampling="caffe",
+    )
+    assert result.image_size == (49, 37) and len(result) > 5
+    assert torch.equal(result.pred_classes, expected.pred_classes)
+    torch.testing.assert_close(result.scores, expected.scores)
+    # Detectron2 takes x2 as where the last pixel ends, not as which it is.
+    assert torch.equal(result.pred_boxes.tensor, expected.pred_boxes.tensor + torch.tensor([0, 0, 1, 1]))
+    torch.testing.assert_close(result.pred_masks, expected.pred_masks, rtol=0, atol=1e-5)
+
+
+def test_boxes_of_full_masks_hold_their_last_pixels(make_heads):
+    output = make_output(torch.tensor([[13.0, 26.0, 26.0, 52.0]]))
+    output.masks = torch.ones(1, 4, 4)
+    (result,) = make_heads().detect_instances([output], [SIZE])
+    # Pixels 10 to 20 and 20 to 40 of the original image.
+    assert result.pred_boxes.tensor.tolist() == [[10.0, 20.0, 21.0, 41.0]] * len(result)
+
+
+def test_box_level_results_are_regressed_in_the_original_image(make_heads):
+    output = make_output(random_boxes(8, limit=50.0))
+    (result,) = make_heads().detect_boxes([output], [SIZE])
+    probabilities = output.scores.softmax(dim=1)
+    candidates = []
+    for i, box in enumerate(original_boxes(output).tolist()):
+        for cls in range(2):
+            deltas = output.deltas[i, 4 * cls : 4 * cls + 4].tolist()
+            decoded = slow_decode(box, [d / w for d, w in zip(deltas, (10, 10, 5, 5))])
+            clipped = [min(max(v, 0), limit - 1) for v, limit in zip(decoded, (37, 49) * 2)]
+            candidates.append((probabilities[i, cls].item(), cls, clipped))
+    kept = []
+    for score, cls, box in sorted(candidates, reverse=True):
+        if all(cls != other or slow_iou(box, b) <= 0.5 for _, other, b in kept):
+            kept.append((score, cls, box))
+    assert result.image_size == (49, 37)
+    assert result.pred_classes.tolist() == [cls for _, cls, _ in kept]
+    expected = torch.tensor([box for *_, box in kept]) + torch.tensor([0, 0, 1, 1])
+    torch.testing.assert_close(result.pred_boxes.tensor, expected, rtol=0, atol=1e-4)
+
+
+# ---- masks in the image
+
+
+def slow_paste(mask, box, size, threshold):
+    """The mask, binarised, at the centre of each pixel, bilinearly between the centres of the texels."""
+    x1, y1, x2, y2 = box
+    length = len(mask)
+    binary = mask >= threshold
+    result = np.zeros(size, dtype=bool)
+
+    def neighbours(i, count):
+        position = min(max((i + 0.5) * length / count - 0.5, 0), length - 1)
+        low = int(position)
+        return low, min(low + 1, length - 1), position - low
+
+    for y in range(y1, y2):
+        top, bottom, v = neighbours(y - y1, y2 - y1)
+        for x in range(x1, x2):
+            left, right, u = neighbours(x - x1, x2 - x1)
+            upper = (1 - u) * binary[top, left] + u * binary[top, right]
+            lower = (1 - u) * binary[bottom, left] + u * binary[bottom, right]
+            result[y, x] = (1 - v) * upper + v * lower >= threshold
+    return result
+
+
+def test_masks_are_binary_before_they_are_resized():
+    masks = torch.rand(4, 5, 5, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[2.0, 3.0, 19.0, 14.0], [0.0, 0.0, 30.0, 20.0], [7.0, 7.0, 8.0, 8.0], [25.0, 1.0, 30.0, 4.0]])
+    pasted = paste_masks(masks, boxes, (20, 30), 0.4)
+    assert pasted.dtype == torch.bool
+    for mask, box, result in zip(masks.numpy(), boxes.int().tolist(), pasted.numpy()):
+        assert np.array_equal(result, slow_paste(mask, box, (20, 30), 0.4))
+
+
+def test_masks_do_not_fade_at_the_border():
+    pasted = paste_masks(torch.ones(1, 3, 3), torch.tensor([[2.0, 1.0, 12.0, 9.0]]), (10, 14), 0.4)
+    expected = torch.zeros(1, 10, 14, dtype=torch.bool)
+    expected[0, 1:9, 2:12] = True
+    assert torch.equal(pasted, expected)
+
+
+def test_no_masks():
+    assert paste_masks(torch.zeros(0, 3, 3), torch.zeros(0, 4), (10, 14), 0.4).shape == (0, 10, 14)
+
+
+# ---- the whole model
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    cfg = get_config(CONFIG)
+    cfg.MODEL.DEVICE = "cpu"
+    # The fully connected layers and the number of RoIs are what takes memory and time.
+    cfg.merge_from_list(["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.MNC.MASK_FC_DIM", 16])
+    cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TEST", 20, "INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 160])
+    cfg.MODEL.MNC.OUTPUTS = ["instances", "box_instances", "passes"]
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def model(cfg):
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    for name in ("anchor_deltas", "objectness_logits"):
+        nn.init.normal_(getattr(model.proposal_generator.rpn_head, name).weight, std=0.1)
+    for name in ("seg_cls_score", "cls_score", "bbox_pred"):
+        nn.init.normal_(getattr(model.roi_heads.predictor, name).weight, std=0.1)
+    return model
+
+
+def make_input(cfg, height, width, seed=0):
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    resized = build_test_resize(cfg).get_transform(image).apply_image(image)
+    return {"image": torch.from_numpy(resized.transpose(2, 0, 1).copy()), "height": height, "width": width}
+
+
+def test_the_config_selects_every_part(cfg, model):
+    assert isinstance(model, CaffeMultitaskNetworkCascade)
+    rpn, heads = model.proposal_generator, model.roi_heads
+    assert isinstance(rpn, CaffeRPN) and isinstance(rpn.anchor_generator, CaffeAnchorGenerator)
+    assert isinstance(rpn.box2box_transform, InclusiveBoxTransform)
+    assert rpn.anchor_generator.offset == 0
+    assert (rpn.pre_nms_topk[False], rpn.nms_thresh, rpn.min_box_size) == (6000, 0.7, 16)
+    assert isinstance(heads, CaffeMNCROIHeads) and isinstance(heads.predictor, MNCOutputLayers)
+    assert isinstance(heads.predictor.box2box_transform, InclusiveBoxTransform)
+    assert heads.predictor.box2box_transform.weights == (1.0, 1.0, 1.0, 1.0)
+    assert [(x.sampling, x.sampling_ratio) for x in (heads.pooler, heads.later_pooler)] == [("caffe", 2), ("caffe", 1)]
+    assert heads.voting_sampling == "caffe" and heads.next_box_background and heads.num_passes_test == 2
+    assert heads.predictor.test_score_thresh == 0 and heads.predictor.test_nms_thresh == 0.3
+    assert model.backbone.ceil_mode and model.backbone.size_divisibility == 0
+    assert model.input_format == "BGR" and model.pixel_mean.flatten().tolist() == pytest.approx(
+        [102.9801, 115.9465, 122.7717]
+    )
+    assert model.roi_heads.mask_head.mask_size == 21 and model.mask_threshold == 0.4
+    released = get_config(CONFIG)
+    assert (released.INPUT.MIN_SIZE_TEST, released.INPUT.MAX_SIZE_TEST) == (600, 1000)
+    assert released.MODEL.RPN.POST_NMS_TOPK_TEST == 300
+
+
+@pytest.mark.parametrize("size", [(57, 80), (80, 57), (40, 100), (200, 150)], ids=str)
+def test_detections_of_images_of_any_size(cfg, model, size):
+    with torch.no_grad():
+        (result,) = model([make_input(cfg, *size)])
+    height, width = size
+    limits = torch.tensor([width, height, width, height])
+    instances, boxes = result["instances"], result["box_instances"]
+    assert len(instances) > 0 and instances.pred_masks.shape == (len(instances), *size)
+    for detections in (instances, boxes):
+        assert detections.image_size == size
+        tensor = detections.pred_boxes.tensor
+        assert len(tensor) > 0 and (tensor >= 0).all() and (tensor <= limits).all()
+    # Every pixel of a mask lies in its box.
+    for mask, box in zip(instances.pred_masks, instances.pred_boxes.tensor.int().tolist()):
+        outside = mask.clone()
+        outside[box[1] : box[3], box[0] : box[2]] = False
+        assert not outside.any()
+    assert len(result["passes"]) == 2
+    for output in result["passes"]:
+        assert output.image_size == size and output.mask_probabilities.shape[1:] == (21, 21)
+
+
+def test_an_image_without_proposals_has_no_detections(cfg, model, monkeypatch):
+    monkeypatch.setattr(model.proposal_generator, "min_box_size", 1e6)
+    with torch.no_grad():
+        (result,) = model([make_input(cfg, 57, 80)])
+    assert len(result["instances"]) == len(result["box_instances"]) == 0
+    assert result["instances"].pred_masks.shape == (0, 57, 80)
+
+
+def test_passes_tell_the_boxes_in_the_original_image(cfg, model):
+    inputs = make_input(cfg, 57, 80)
+    with torch.no_grad():
+        images = model.preprocess_image([inputs])
+        ((proposals,), _) = model.proposal_generator(images, model.backbone(images.tensor))
+        (result,) = model([inputs])
+    expected = proposals.proposal_boxes.tensor / (96 / 57) + torch.tensor([0, 0, 1, 1])
+    torch.testing.assert_close(result["passes"][0].pred_boxes.tensor, expected)
+
+
+def test_a_batch_gives_what_each_image_gives(cfg, model):
+    inputs = [make_input(cfg, 57, 80, seed=1), make_input(cfg, 90, 70, seed=2)]
+    with torch.no_grad():
+        together, alone = model(inputs), [model([x])[0] for x in inputs]
+    for a, b in zip(together, alone):
+        assert torch.equal(a["instances"].scores, b["instances"].scores)
+        assert torch.equal(a["instances"].pred_masks, b["instances"].pred_masks)
+
+
+def test_the_evaluation_of_a_dataset_gives_the_same(cfg, model, coco_dataset, clean_catalogs):
+    annotations, root = coco_dataset
+    register_coco_dataset("drawn", str(annotations), str(root))
+    for batch in MNCTrainer.build_test_loader(cfg, "drawn"):
+        image = np.asarray(Image.open(batch[0]["file_name"]))[:, :, ::-1]
+        resized = build_test_resize(cfg).get_transform(image).apply_image(image)
+        inputs = {"image": torch.from_numpy(resized.transpose(2, 0, 1).copy()), "height": 96, "width": 96}
+        with torch.no_grad():
+            ours, expected = model(batch)[0]["instances"], model([inputs])[0]["instances"]
+        assert len(ours) > 0 and torch.equal(ours.scores, expected.scores)
+        assert torch.equal(ours.pred_masks, expected.pred_masks)
+
+
+def test_the_scale_is_exact(cfg, model):
+    images = model.preprocess_image([make_input(cfg, 57, 80)])
+    (size,) = images.image_sizes
+    # Not 135 / 80, as the sizes say.
+    assert size == (96, 135) and size.scale == 96 / 57 and size.original == (57, 80)
+    assert images.tensor.shape == (1, 3, 96, 135)
+
+
+def test_images_resized_otherwise_are_refused(model):
+    inputs = {"image": torch.zeros(3, 96, 134), "height": 57, "width": 80, "file_name": "cat.jpg"}
+    with pytest.raises(ValueError, match="cat.jpg of 80 x 57 .* to 134 x 96.*INPUT.EXACT_SCALE_TEST"):
+        model([inputs])
+    with pytest.raises(ValueError, match='"height" and "width"'):
+        model([{"image": torch.zeros(3, 96, 135)}])
+
+
+def test_training_is_refused(cfg, model):
+    inputs = make_input(cfg, 57, 80)
+    model.train()
+    try:
+        with pytest.raises(RuntimeError, match="cannot be trained.*mnc_VGG_16_5stage.yaml"):
+            model([{**inputs, "instances": Instances((96, 135))}])
+    finally:
+        model.eval()
+
+
+@pytest.mark.parametrize("key, value", [("SHARE_PASSES", False), ("MASK_IN_FEATURES", ["conv5"])])
+def test_what_the_released_network_does_not_have_is_refused(cfg, key, value):
+    cfg = cfg.clone()
+    cfg.MODEL.MNC[key] = value
+    with pytest.raises(ValueError, match=key):
+        build_model(cfg)
+
+
+def test_a_feature_pyramid_is_refused():
+    with pytest.raises(ValueError, match=r"one feature map.*\['p2', 'p3'\]"):
+        make_rpn(in_features=["p2", "p3"])
