@@ -41,14 +41,12 @@ def _read_hdf5(path: str | os.PathLike) -> dict[str, list[np.ndarray]]:
         raise ImportError(f"{path} is an HDF5 file, which needs the package h5py. {_INSTALL}") from error
     try:
         with h5py.File(path, "r") as file:
-            if "data" not in file:
-                raise ValueError(f'{path} is an HDF5 file without the group "data", so not a Caffe model.')
             return {
                 name: [np.asarray(group[index], dtype=np.float32) for index in sorted(group, key=int)]
                 for name, group in file["data"].items()
             }
-    except OSError as error:
-        raise ValueError(f"{path} is a damaged HDF5 file: {error}") from error
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is an HDF5 file, but not a Caffe model, or it is damaged: {error}") from error
 
 
 def _read_protobuf(path: str | os.PathLike) -> dict[str, list[np.ndarray]]:

@@ -184,11 +184,12 @@ def test_other_files_are_named(tmp_path, content):
         read_caffe_model(path)
 
 
-def test_an_hdf5_file_of_something_else_is_named(tmp_path):
+@pytest.mark.parametrize("name", ["numbers", "data", "data/fc6/weight"])
+def test_an_hdf5_file_of_something_else_is_named(tmp_path, name):
     h5py = pytest.importorskip("h5py", reason="h5py is an optional extra")
     with h5py.File(tmp_path / "other.h5", "w") as file:
-        file["numbers"] = [1, 2, 3]
-    with pytest.raises(ValueError, match='other.h5 .*"data"'):
+        file[name] = [1, 2, 3]
+    with pytest.raises(ValueError, match="other.h5 .*not a Caffe model"):
         read_caffe_model(tmp_path / "other.h5")
 
 

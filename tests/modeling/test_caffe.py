@@ -526,6 +526,8 @@ def test_images_resized_otherwise_are_refused(model):
     inputs = {"image": torch.zeros(3, 96, 134), "height": 57, "width": 80, "file_name": "cat.jpg"}
     with pytest.raises(ValueError, match="cat.jpg of 80 x 57 .* to 134 x 96.*INPUT.EXACT_SCALE_TEST"):
         model([inputs])
+    with pytest.raises(ValueError, match="torch.uint8, but .* float32"):
+        model([{**inputs, "image": torch.zeros(3, 96, 135, dtype=torch.uint8)}])
     with pytest.raises(ValueError, match='"height" and "width"'):
         model([{"image": torch.zeros(3, 96, 135)}])
 

@@ -71,18 +71,19 @@ class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
         """Find the scale of an image, which its size in whole pixels does not tell exactly.
 
         Raises:
-            ValueError: the input has not the size that its original height and width lead to, or lacks these.
+            ValueError: the input has not the size that its original height and width lead to, lacks these, or is of
+                whole grey levels.
         """
         name = inputs.get("file_name", "An image")
         if "height" not in inputs or "width" not in inputs:
             raise ValueError(f'{name} comes without the "height" and "width" of the original image.')
         original = inputs["height"], inputs["width"]
         scale = exact_scale(original, self.short_side, self.long_side)
-        if scaled_size(original, scale) != tuple(size):
+        if scaled_size(original, scale) != tuple(size) or not inputs["image"].is_floating_point():
             raise ValueError(
-                f"{name} of {original[1]} x {original[0]} pixels was resized to {size[1]} x {size[0]}, but the model "
-                f"needs a factor of {scale:.6g}: set INPUT.EXACT_SCALE_TEST True, and resize with "
-                "mnc_d2.data.build_test_resize(cfg)."
+                f"{name} of {original[1]} x {original[0]} pixels was resized to {size[1]} x {size[0]}, "
+                f"{inputs['image'].dtype}, but the model needs a factor of {scale:.6g}, and float32: set "
+                "INPUT.EXACT_SCALE_TEST True, and resize with mnc_d2.data.build_test_resize(cfg)."
             )
         return NetworkInputSize(size, scale, original)
 
