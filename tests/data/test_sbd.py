@@ -284,6 +284,19 @@ def test_lists_of_other_lengths_are_named(root):
     assert "names 3 images, the official list 5717" in str(error.value)
 
 
+def test_lists_without_a_common_image(root):
+    (root / "SBD" / "dataset" / "train.txt").write_text("2011_000001\n")
+    (root / "SBD" / "dataset" / "val.txt").write_text(f"{VAL[0]}\n")
+    with pytest.raises(ValueError, match="SBD's lists have none of the images of VOC 2012's train.txt"):
+        prepare_sbd(root, partial=True)
+
+
+def test_images_in_neither_list_of_voc_are_said(root, caplog):
+    (root / "SBD" / "dataset" / "train.txt").write_text(f"{TRAIN[0]}\n2011_000001\n")
+    prepare_sbd(root, partial=True)
+    assert "in neither train nor val of VOC 2012, so left out: 2011_000001" in caplog.text
+
+
 def test_difference_to_the_number_of_the_literature_is_said(root, official, caplog):
     prepare_sbd(root, NAMES[:1])
     assert "voc_2012_sds_train: the lists have their official lengths, but give 2 images, -5621 to" in caplog.text

@@ -102,7 +102,10 @@ def _image_names(root: str, image_set: str) -> tuple[list[str], list[str]]:
     neither = sorted(annotated.difference(*voc_names.values()))
     if neither:
         logger.warning(f"In SBD, but in neither train nor val of VOC 2012, so left out: {shown(neither)}")
-    return [name for name in voc_names[image_set] if name in annotated], problems
+    names = [name for name in voc_names[image_set] if name in annotated]
+    if not names:
+        raise ValueError(f"SBD's lists have none of the images of VOC 2012's {image_set}.txt. Unpack both again.")
+    return names, problems
 
 
 def _convert(root: str, folder: str, name: str, partial: bool, trust_inst: bool) -> ConvertedImage:
