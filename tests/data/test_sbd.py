@@ -324,6 +324,23 @@ def test_interrupted_run_leaves_nothing_and_a_finished_one_is_kept(root, monkeyp
     assert json_file(root).stat().st_mtime_ns > first.st_mtime_ns
 
 
+def test_interrupted_writing_leaves_nothing(root, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.os, "replace", interrupt)
+    assert main(["--root", str(root), "--partial"]) == 130
+    assert list(json_file(root).parent.iterdir()) == []
+
+
+def test_a_file_of_another_origin_is_not_taken_for_a_finished_one(root, capsys):
+    json_file(root).parent.mkdir()
+    json_file(root).write_text('{"images": []}')
+    assert main(["--root", str(root), "--partial"]) == 1
+    assert f"{json_file(root)} was not written by this command" in capsys.readouterr().err
+    assert main(["--root", str(root), "--partial", "--force"]) == 0
+
+
 def test_mistakes_end_the_command_with_a_sentence(root, capsys):
     assert main(["--root", str(root)]) == 1
     assert "names 2 images, the official list 8498" in capsys.readouterr().err

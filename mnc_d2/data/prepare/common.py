@@ -164,41 +164,52 @@ def write_dataset(
         ValueError: there are problems.
         FileNotFoundError: no image is there, where that is not a problem.
     """
-    problems, missing, notes = list(problems), [], defaultdict(list)
-    images, annotations = [], []
-    for name in tqdm(names, desc=os.path.basename(json_file), unit=" images"):
-        try:
-            image = convert(name)
-        except FileNotFoundError as e:
-            missing.append(f"{name}: {e}")
-            continue
-        except ValueError as e:
-            problems.append(f"{name}: {e}")
-            continue
-        images.append(image.record)
-        for annotation in image.annotations:
-            ids = {"id": len(annotations) + 1, "image_id": image.record["id"]}
-            annotations.append({**ids, **annotation})
-        for kind, where in image.notes:
-            notes[kind].append(where)
-
-    report = f"{json_file}.problems.txt"
+    label, report = os.path.basename(json_file), f"{json_file}.problems.txt"
+    images, missing, found = _convert_all(names, convert, label)
+    problems = [*problems, *found]
     if problems or (missing and not partial):
         _raise_problems(json_file, report, problems, missing)
     if not images:
         raise FileNotFoundError(f"none of the {len(names)} images is there: {shown(missing, 1)}")
+
+    annotations = [
+        {"image_id": image.record["id"], **annotation} for image in images for annotation in image.annotations
+    ]
     dataset = {
-        "info": {"description": os.path.basename(json_file), "images_left_out": len(missing)},
-        "images": images,
-        "annotations": annotations,
+        "info": {"description": label, "images_left_out": len(missing)},
+        "images": [image.record for image in images],
+        "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)],
         "categories": [{"id": i, "name": name} for i, name in enumerate(VOC_CLASSES, start=1)],
     }
     _write_atomically(json_file, json.dumps(dataset))
     with contextlib.suppress(FileNotFoundError):
         os.remove(report)  # of an earlier run
     logger.info(f"{json_file}: {len(images)} images, {len(annotations)} annotations")
+    _log_notes(images, missing)
+
+
+def _convert_all(
+    names: Sequence[str], convert: Callable[[str], ConvertedImage], label: str
+) -> tuple[list[ConvertedImage], list[str], list[str]]:
+    """Return the images, what is missing of others, and what is wrong with others; show the progress."""
+    images, missing, problems = [], [], []
+    for name in tqdm(names, desc=label, unit=" images"):
+        try:
+            images.append(convert(name))
+        except FileNotFoundError as e:
+            missing.append(f"{name}: {e}")
+        except ValueError as e:
+            problems.append(f"{name}: {e}")
+    return images, missing, problems
+
+
+def _log_notes(images: list[ConvertedImage], missing: list[str]) -> None:
+    notes = defaultdict(list)
     if missing:
         notes["images left out, because a file is missing"] = missing
+    for image in images:
+        for kind, where in image.notes:
+            notes[kind].append(where)
     for kind, places in notes.items():
         logger.info(f"  {len(places)} {kind}: {shown(places)}")
 
@@ -260,11 +271,14 @@ def prepare_each(json_files: dict[str, str], convert: Callable[[str], None], par
 
 
 def _report_existing(json_file: str) -> None:
-    with open(json_file, encoding="utf-8") as file:
-        dataset = json.load(file)
-    left_out = dataset["info"]["images_left_out"]
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            dataset = json.load(file)
+        found, left_out = len(dataset["images"]), dataset["info"]["images_left_out"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{json_file} was not written by this command. Remove it, or write it with --force.") from e
     part = f", without {left_out} whose files were missing" if left_out else ""
-    logger.info(f"{json_file} is there, {len(dataset['images'])} images{part}. --force writes it again.")
+    logger.info(f"{json_file} is there, {found} images{part}. --force writes it again.")
 
 
 def argument_parser(description: str, names: Iterable[str]) -> argparse.ArgumentParser:
