@@ -259,7 +259,8 @@ def prepare_each(json_files: dict[str, str], convert: Callable[[str], None], par
         try:
             convert(name)
         except FileNotFoundError as e:
-            logger.warning(f"{name} is not prepared: {e}")
+            if partial:
+                logger.warning(f"{name} is not prepared: {e}")
             skipped.append(f"{name}: {e}")
         except ValueError as e:
             failures.append(f"{name}: {e}")
