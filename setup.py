@@ -26,6 +26,8 @@ setup(
         "numpy>=1.22",
         "pillow>=9",
         "pycocotools>=2.0.6",
+        "scipy>=1.8",
+        "tqdm",
         "tabulate",
     ],
     extras_require={

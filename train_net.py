@@ -118,7 +118,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
     """Return what is wrong with the input of a run, in one sentence, or None; draw the shapes if they are used."""
     try:
         cfg = build_config(args)
-        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
             prepare_dataset(name)
     except (ValueError, OSError) as error:
         return str(error)

@@ -13,6 +13,8 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from mnc_d2.data import VOC_SETS, register_voc_set
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_net.py"
 CONFIG = ROOT / "configs" / "quickstart" / "mnc_R_18_FPN.yaml"
@@ -304,6 +306,24 @@ def test_missing_annotation_file_is_named(configure, tmp_path):
 def test_dataset_that_is_not_registered_is_named(configure):
     with pytest.raises(ValueError, match="'nowhere'"):
         configure("--config-file", CONFIG, "DATASETS.TRAIN", "('nowhere',)")
+
+
+VOC_CONFIG = ROOT / "configs" / "PascalVOC-Detection" / "mnc_VGG_16_5stage_0712.yaml"
+
+
+def test_dataset_that_is_not_prepared_is_named_if_it_is_used(train_net, clean_catalogs, tmp_path):
+    register_voc_set("absent", VOC_SETS["voc_2012_sds_train"], str(tmp_path))
+    (tmp_path / "VOC2012" / "mnc_annotations").mkdir(parents=True)
+    register_voc_set("present", VOC_SETS["voc_2012_sds_val"], str(tmp_path))
+    (tmp_path / "VOC2012" / "mnc_annotations" / "present.json").touch()
+    arguments = ["--config-file", str(VOC_CONFIG), "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+    arguments += ["DATASETS.TRAIN", "('absent',)", "DATASETS.TEST", "('present',)"]
+    parse = train_net.argument_parser().parse_args
+    mistake = train_net.find_mistake(parse(arguments))
+    assert str(tmp_path / "VOC2012" / "mnc_annotations" / "absent.json") in mistake
+    assert "python datasets/prepare_sbd.py" in mistake
+    # An evaluation needs no training data.
+    assert train_net.find_mistake(parse(["--eval-only", *arguments])) is None
 
 
 def test_bad_input_ends_the_program_with_one_sentence(tmp_path):

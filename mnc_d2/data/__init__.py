@@ -1,12 +1,14 @@
-"""Datasets and their mapper. Importing this package registers `shapes_train` and `shapes_val`."""
+"""Datasets and their mapper. Importing this package registers the shapes and PASCAL VOC; it reads no file."""
 
 from detectron2.data import DatasetCatalog
 
 from .coco import num_classes_from_datasets, register_coco_dataset
+from .files import prepare_dataset
 from .mapper import MNCDatasetMapper
 from .mask_proposals import mask_proposals_path, save_mask_proposals
 from .resize import ResizeByExactScale, build_test_resize, exact_scale, scaled_size
-from .shapes import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, prepare_dataset, prepare_shapes, register_shapes
+from .shapes import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, datasets_root, prepare_shapes, register_shapes
+from .voc import VOC_CLASSES, VOC_SETS, VOC_UNIONS, VOCSet, register_union, register_voc_set
 
 __all__ = [
     "MNCDatasetMapper",
@@ -14,6 +16,10 @@ __all__ = [
     "SHAPES_CLASSES",
     "SHAPES_SPLITS",
     "ShapesSpec",
+    "VOC_CLASSES",
+    "VOC_SETS",
+    "VOC_UNIONS",
+    "VOCSet",
     "build_test_resize",
     "exact_scale",
     "mask_proposals_path",
@@ -22,10 +28,19 @@ __all__ = [
     "prepare_shapes",
     "register_coco_dataset",
     "register_shapes",
+    "register_union",
+    "register_voc_set",
     "save_mask_proposals",
     "scaled_size",
 ]
 
+# A reloaded module registers once.
 for _name, _spec in SHAPES_SPLITS.items():
-    if _name not in DatasetCatalog:  # a reloaded module registers once
+    if _name not in DatasetCatalog:
         register_shapes(_name, _spec)
+for _name, _voc_set in VOC_SETS.items():
+    if _name not in DatasetCatalog:
+        register_voc_set(_name, _voc_set, datasets_root())
+for _name, _parts in VOC_UNIONS.items():
+    if _name not in DatasetCatalog:
+        register_union(_name, _parts)

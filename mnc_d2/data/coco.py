@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 from PIL import Image
+from tqdm import tqdm
 
 __all__ = ["num_classes_from_datasets", "register_coco_dataset"]
 
@@ -49,9 +50,9 @@ def register_coco_dataset(name: str, json_file: str, image_root: str) -> None:
             return
         raise ValueError(f"A dataset named '{name}' is registered already, from other files. Choose another name.")
 
-    dataset = _read(json_file)
+    dataset = read_coco_file(json_file)
     categories = _check_categories(json_file, dataset["categories"])
-    images = _check_images(json_file, image_root, dataset["images"])
+    images = check_images(json_file, image_root, dataset["images"])
     annotations = dataset["annotations"]
     _check_annotations(json_file, annotations, images, categories)
 
@@ -153,8 +154,12 @@ def _reject(where: str, offenders: Sequence[Any], what: str, advice: str, error:
         raise error(f"{where}: {what}: {shown} ({len(offenders)} in all). {advice}")
 
 
-def _read(json_file: str) -> dict[str, list[dict[str, Any]]]:
-    """Read the file and check its outline: a dict with three lists of dicts."""
+def read_coco_file(json_file: str) -> dict[str, list[dict[str, Any]]]:
+    """Read annotations and check their outline: a dict with three lists of dicts that have unique ids.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or not valid; the message names it.
+    """
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"The annotation file {json_file} does not exist. Check the path.")
     try:
@@ -199,8 +204,20 @@ def _check_categories(json_file: str, categories: list[dict[str, Any]]) -> dict[
     return {category["id"]: category["name"] for category in categories}
 
 
-def _check_images(json_file: str, image_root: str, images: list[dict[str, Any]]) -> dict[Any, tuple[int, int]]:
-    """Check the records and the files' headers; return (height, width) by image id."""
+def check_images(
+    json_file: str, image_root: str, images: list[dict[str, Any]], progress: bool = False
+) -> dict[Any, tuple[int, int]]:
+    """Check the records of images and the headers of the files; return (height, width) by image id.
+
+    Args:
+        json_file: where the records are from, for messages.
+        image_root: folder to which the file names are relative.
+        images: the records.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError, ValueError: images are missing, not readable or of another size; the message names them.
+    """
     if not images:
         raise ValueError(f"{json_file}: 'images' is empty. A dataset needs images.")
     invalid = [
@@ -214,7 +231,7 @@ def _check_images(json_file: str, image_root: str, images: list[dict[str, Any]])
         raise FileNotFoundError(f"The image folder {image_root} of {json_file} does not exist. Check the path.")
 
     missing, unreadable, different = [], [], []
-    for image in images:
+    for image in tqdm(images, os.path.basename(json_file), unit=" images", disable=not progress):
         path = os.path.join(image_root, image["file_name"])
         size = (image["width"], image["height"])
         if not os.path.isfile(path):

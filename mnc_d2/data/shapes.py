@@ -26,10 +26,10 @@ from PIL import Image, ImageFilter
 __all__ = [
     "SHAPES_CLASSES",
     "SHAPES_SPLITS",
+    "ShapesMetadata",
     "ShapesSpec",
     "datasets_root",
     "draw_image",
-    "prepare_dataset",
     "prepare_shapes",
     "register_shapes",
 ]
@@ -111,17 +111,6 @@ def prepare_shapes(root: str, spec: ShapesSpec) -> tuple[str, str]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return json_file, image_root
-
-
-def prepare_dataset(name: str) -> None:
-    """Draw the files of a registered shapes dataset, unless they are there; do nothing for any other dataset.
-
-    Reading ``MetadataCatalog.get(name).json_file`` or loading the dataset does the same. A program that starts several
-    processes calls this before, so that one of them draws instead of each.
-    """
-    metadata = MetadataCatalog.get(name)
-    if isinstance(metadata, ShapesMetadata):
-        metadata.prepare()
 
 
 class ShapesMetadata(Metadata):

@@ -1,11 +1,82 @@
-"""The precision of coordinates, scores and losses."""
+"""The precision of coordinates, scores and losses; weights in half precision at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import nn
 
 # By the names that configs have for them.
 HALF_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_CONVERTIBLE = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Return half precision as float32, and float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class HalfPrecisionWeights:
+    """Copies in half precision of the weights of a module's convolutions and linear layers.
+
+    Autocast converts them in every call, which for large fully connected layers takes as long as their arithmetic. With
+    these copies in their place it finds nothing to convert. The results are the same.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[str, torch.Tensor] = {}
+        self._made_from: list[tuple] = []
+
+    def clear(self) -> None:
+        """Forget the copies, and the memory they take."""
+        self._copies, self._made_from = {}, []
+
+    def call(self, module: nn.Module, dtype: torch.dtype, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function that uses a module while the module has the copies in place of its weights.
+
+        The copies are made in the first call, and again whenever the weights have changed.
+
+        Args:
+            module: it has its own weights again on return.
+            dtype: of the copies.
+            function: it need not be a method of the module.
+            args: of the function.
+
+        Returns:
+            what the function returns.
+        """
+        weights = dict(_convertible_weights(module))
+        made_from = [(id(x), x.data_ptr(), x._version, x.device, dtype) for x in weights.values()]
+        if made_from != self._made_from:
+            of_weight = {id(x): _convert(x, dtype) for x in weights.values()}  # tied weights stay tied
+            self._copies = {f"module.{name}": of_weight[id(x)] for name, x in weights.items()}
+            self._made_from = made_from
+        return torch.func.functional_call(_Caller(module), self._copies, (function, *args))
+
+
+class _Caller(nn.Module):
+    """Calls any function in the place of a forward pass of its submodule."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
+def _convertible_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the layers that autocast runs in half precision."""
+    for layer_name, layer in module.named_modules():
+        if isinstance(layer, _CONVERTIBLE):
+            yield from layer.named_parameters(prefix=layer_name, recurse=False)
+
+
+@torch.no_grad()
+def _convert(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # Convolutions of channels_last images want weights in channels_last too.
+    is_kernel = weight.dim() == 4
+    return weight.to(dtype, memory_format=torch.channels_last if is_kernel else torch.preserve_format)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.visualizer import Visualizer
 
 from ..data import num_classes_from_datasets
-from ..layers import HALF_PRECISIONS
+from ..layers import HALF_PRECISIONS, HalfPrecisionWeights
 from .roi_heads.outputs import describe_pass
 
 
@@ -54,6 +53,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         if inference_precision not in names:
             raise ValueError(f"MODEL.MNC.INFERENCE_PRECISION must be one of {names}, got {inference_precision!r}")
         self.inference_precision = inference_precision
+        self._half_precision_weights = HalfPrecisionWeights()
 
     @classmethod
     def from_config(cls, cfg):
@@ -84,11 +84,25 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             (see :func:`~mnc_d2.modeling.roi_heads.outputs.describe_pass`).
         """
         dtype = HALF_PRECISIONS.get(self.inference_precision)
+        if dtype is None:
+            return self._infer(batched_inputs, detected_instances, do_postprocess)
         # Boxes, scores and masks leave the layers as float32, and NMS and voting stay with that.
-        with torch.autocast(self.device.type, dtype=dtype) if dtype else nullcontext():
-            if detected_instances is None and do_postprocess and self.outputs != ["instances"]:
-                return self._inference_with_more_outputs(batched_inputs)
-            results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        with torch.autocast(self.device.type, dtype=dtype):
+            return self._half_precision_weights.call(
+                self, dtype, self._infer, batched_inputs, detected_instances, do_postprocess
+            )
+
+    def train(self, mode: bool = True) -> MultitaskNetworkCascade:
+        """As ``nn.Module.train``. Copies of weights that inference made are dropped: they may be out of date."""
+        self._half_precision_weights.clear()
+        return super().train(mode)
+
+    def _infer(
+        self, batched_inputs: list[dict], detected_instances: list[Instances] | None, do_postprocess: bool
+    ) -> list[dict] | list[Instances]:
+        if detected_instances is None and do_postprocess and self.outputs != ["instances"]:
+            return self._infer_more_outputs(batched_inputs)
+        results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
         if not do_postprocess:
             return results
         return [{"instances": self._postprocess_one(x, result)} for x, result in zip(batched_inputs, results)]
@@ -100,7 +114,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
         return images
 
-    def _inference_with_more_outputs(self, batched_inputs: list[dict]) -> list[dict]:
+    def _infer_more_outputs(self, batched_inputs: list[dict]) -> list[dict]:
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         if self.proposal_generator is None:
@@ -109,11 +123,13 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             proposals, _ = self.proposal_generator(images, features, None)
         passes = self.roi_heads.run_passes(features, proposals)
         sizes = images.image_sizes
-        boxes = self.roi_heads.detect_boxes(passes, sizes)
-        per_output = {
-            "instances": self.roi_heads.detect_instances(passes, sizes) if self.roi_heads.mask_on else boxes,
-            "box_instances": boxes,
-        }
+        heads = self.roi_heads
+        per_output = {}
+        if not heads.mask_on or "box_instances" in self.outputs:
+            per_output["box_instances"] = heads.detect_boxes(passes, sizes)
+        per_output["instances"] = (
+            heads.detect_instances(passes, sizes) if heads.mask_on else per_output["box_instances"]
+        )
         described = zip(*(describe_pass(output, sizes) for output in passes))
         processed = []
         for index, (inputs, passes_of_image) in enumerate(zip(batched_inputs, described)):

@@ -1,36 +1,55 @@
-"""Inference and training steps of MNC beside Detectron2's Mask R-CNN. One JSON line a row; see README.md here."""
+"""Inference and training steps of MNC beside Detectron2's Mask R-CNN, and beside its own convolutions and fully
+connected layers alone. One JSON line a row; see README.md here."""
+
+from __future__ import annotations
 
 import argparse
 import json
-import resource
+from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from detectron2 import model_zoo as detectron2_zoo
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from measure import median_seconds
+from measure import median_seconds, peak_process_memory
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
+from mnc_d2.layers import HALF_PRECISIONS
 from mnc_d2.model_zoo import get_config
+from mnc_d2.modeling import MultitaskNetworkCascade
 
 HEIGHT, WIDTH = 600, 800
-# Name of the pair: (config of MNC, Detectron2's config of Mask R-CNN, bars of inference and of a training step).
+# Name of the pair: config of MNC, Detectron2's config of Mask R-CNN, and the bars that we set ourselves.
 PAIRS = {
-    "R-50-FPN": ("COCO-InstanceSegmentation/mnc_R_50_FPN.yaml", "mask_rcnn_R_50_FPN_1x.yaml", 1.0, 1.3),
-    "R-50-C4": ("COCO-InstanceSegmentation/mnc_R_50_C4.yaml", "mask_rcnn_R_50_C4_1x.yaml", 1.2, 1.3),
+    "R-50-FPN": {
+        "MNC": "COCO-InstanceSegmentation/mnc_R_50_FPN.yaml",
+        "Mask R-CNN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+        "bars": {"inference": 1.0, "inference, shortcuts": 1.0, "training step": 1.3},
+    },
+    "R-50-C4": {
+        "MNC": "COCO-InstanceSegmentation/mnc_R_50_C4.yaml",
+        "Mask R-CNN": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
+        "bars": {"inference": 1.2, "inference, shortcuts": 0.85, "training step": 1.3},
+    },
 }
+VGG_16 = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage.yaml"
+ARITHMETIC_BARS = {"float32": 1.25, "bfloat16": 2.0}
 
 
 def prepare(cfg: CfgNode, device: str) -> nn.Module:
-    """Build a model with random weights of which every image gives 100 detections."""
+    """Build a model with random weights of which every image gives 100 detections, and no box is let off."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = device
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+    cfg.MODEL.WEIGHTS = ""
+    if "MNC" in cfg.MODEL:
+        cfg.MODEL.MNC.NEXT_PASS_MIN_SCORE = 0.0
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     torch.manual_seed(0)
     model = build_model(cfg)
@@ -80,47 +99,132 @@ def train_step(model: nn.Module, inputs: list[dict]) -> None:
         sum(model(inputs).values()).backward()
 
 
-def detect(model: nn.Module, inputs: list[dict]) -> int:
-    with torch.no_grad():
+@torch.no_grad()
+def detect(model: nn.Module, inputs: list[dict], precision: str = "float32") -> int:
+    """Run inference; return the number of detections in the first image."""
+    if isinstance(model, MultitaskNetworkCascade):
+        model.inference_precision = precision
         return len(model(inputs)[0]["instances"])
+    dtype = HALF_PRECISIONS.get(precision)
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        return len(model(inputs)[0]["instances"])
+
+
+@torch.no_grad()
+def let_some_boxes_on(model: MultitaskNetworkCascade, inputs: list[dict], share: float) -> None:
+    """Let the share of the boxes with the best scores go on to the second pass, all of them if it is 1.
+
+    Scores of random weights say nothing, but which boxes go on makes no difference to the time.
+    """
+    model.roi_heads.next_pass_min_score = 0.0
+    if share < 1:
+        model.inference_precision, model.outputs = "float32", ["instances", "passes"]
+        first_pass = model(inputs)[0]["passes"][0]
+        model.outputs = ["instances"]
+        background = torch.minimum(first_pass.class_scores[:, -1], first_pass.mask_class_scores[:, -1])
+        model.roi_heads.next_pass_min_score = (1 - background).quantile(1 - share).item()
+
+
+@torch.no_grad()
+def arithmetic_alone(model: nn.Module, inputs: list[dict], precision: str) -> Callable[[], None]:
+    """Return a function that runs nothing but the convolutions and linear layers of an inference, on their inputs."""
+    layers = [x for x in model.modules() if isinstance(x, (nn.Conv2d, nn.Linear))]
+    calls = []
+    hooks = [x.register_forward_pre_hook(lambda layer, args: calls.append((layer, args[0]))) for x in layers]
+    detect(model, inputs, precision)
+    for hook in hooks:
+        hook.remove()
+    dtype = HALF_PRECISIONS.get(precision, torch.float32)
+    calls = [(layer, x.to(dtype)) for layer, x in calls]
+    weights = {layer: [None if x is None else x.to(dtype) for x in (layer.weight, layer.bias)] for layer in layers}
+
+    @torch.no_grad()
+    def run() -> None:
+        for layer, x in calls:
+            if isinstance(layer, nn.Linear):
+                F.linear(x, *weights[layer])
+            else:
+                F.conv2d(x, *weights[layer], layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    return run
+
+
+def print_row(calls: dict[str, Callable], options: argparse.Namespace, **values: object) -> None:
+    """Measure two calls, and print them with the ratio of the first to the second and the memory they took."""
+    memory = peak_process_memory(calls)
+    seconds = median_seconds(calls, options.repeats)
+    first, second = seconds.values()
+    row = {
+        **values,
+        "seconds": {key: round(value, 3) for key, value in seconds.items()},
+        "ratio": round(first / second, 3),
+        "peak memory, MiB": {key: value // 2**20 for key, value in memory.items()},
+    }
+    print(json.dumps(row), flush=True)
+
+
+def compare_pair(name: str, options: argparse.Namespace) -> None:
+    """Print the rows of MNC beside Mask R-CNN."""
+    pair = PAIRS[name]
+    cfgs = {"MNC": get_config(pair["MNC"]), "Mask R-CNN": detectron2_zoo.get_config(pair["Mask R-CNN"])}
+    cfgs["Mask R-CNN"].INPUT.MASK_FORMAT = "bitmask"
+    models = {}
+    for key, cfg in cfgs.items():
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
+        models[key] = prepare(cfg, options.device)
+    image = make_inputs(1)
+    for measure, share in (("inference", 1.0), ("inference, shortcuts", options.share)):
+        let_some_boxes_on(models["MNC"], image, share)
+        for precision in options.precisions:
+            row = {"pair": name, "measure": measure, "precision": precision, "bar": pair["bars"][measure]}
+            row["detections"] = {key: detect(model, image, precision) for key, model in models.items()}
+            calls = {key: partial(detect, model, image, precision) for key, model in models.items()}
+            print_row(calls, options, **row)
+    if options.profile:
+        print_profile(models["MNC"], image)
+    if not options.no_training:
+        images = make_inputs(2)
+        calls = {key: partial(train_step, model.train(), images) for key, model in models.items()}
+        print_row(calls, options, pair=name, measure="training step", bar=pair["bars"]["training step"])
+
+
+def compare_arithmetic(options: argparse.Namespace) -> None:
+    """Print the rows of MNC with VGG-16 beside its own convolutions and fully connected layers alone."""
+    cfg = get_config(VGG_16)
+    model, image = prepare(cfg, options.device), make_inputs(1)
+    calls = {precision: partial(detect, model, image, precision) for precision in options.precisions}
+    for precision, call in calls.items():
+        alone = arithmetic_alone(model, image, precision)
+        row = {"model": "VGG-16", "precision": precision, "bar": ARITHMETIC_BARS[precision]}
+        print_row({"whole call": call, "arithmetic alone": alone}, options, detections=call(), **row)
+    if len(calls) > 1:
+        print_row(calls, options, model="VGG-16", measure="float32 / bfloat16", bar="at least 3")
+    if options.profile:
+        print_profile(model, image)
+
+
+def print_profile(model: nn.Module, inputs: list[dict]) -> None:
+    """Print where the time of an inference goes, operator by operator."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        detect(model, inputs)
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median is printed")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--models", nargs="+", choices=[*PAIRS, "VGG-16"], default=[*PAIRS, "VGG-16"])
+    parser.add_argument("--precisions", nargs="+", choices=list(ARITHMETIC_BARS), default=list(ARITHMETIC_BARS))
+    parser.add_argument("--share", type=float, default=0.5, help="of the boxes that go on to the second pass")
     parser.add_argument("--no-training", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes as well")
     options = parser.parse_args()
-
-    for name in options.pairs:
-        config, other, bar, training_bar = PAIRS[name]
-        other_cfg = detectron2_zoo.get_config(f"COCO-InstanceSegmentation/{other}")
-        other_cfg.INPUT.MASK_FORMAT = "bitmask"
-        models = {"MNC": prepare(get_config(config), options.device), "Mask R-CNN": prepare(other_cfg, options.device)}
-
-        for measure, limit in (("inference", bar), ("training step", training_bar)):
-            if measure == "training step" and options.no_training:
-                continue
-            inputs = make_inputs(1 if measure == "inference" else 2)
-            extra = {}
-            for model in models.values():
-                model.train(measure == "training step")
-            if measure == "inference":
-                extra["detections"] = {key: detect(model, inputs) for key, model in models.items()}
-            work = detect if measure == "inference" else train_step
-            calls = {key: partial(work, model, inputs) for key, model in models.items()}
-            seconds = median_seconds(calls, options.repeats)
-            row = {
-                "pair": name,
-                "measure": measure,
-                "seconds": {key: round(value, 3) for key, value in seconds.items()},
-                "ratio": round(seconds["MNC"] / seconds["Mask R-CNN"], 3),
-                "bar": limit,
-                **extra,
-                "peak memory so far, MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            }
-            print(json.dumps(row), flush=True)
+    for name in options.models:
+        if name in PAIRS:
+            compare_pair(name, options)
+        else:
+            compare_arithmetic(options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Time and memory of a call, for the benchmarks and for tests of memory."""
 
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -33,6 +34,30 @@ def median_seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict
                 seconds[name].append(time.perf_counter() - start)
             del result  # freeing it is not part of the next call
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_process_memory(calls: Mapping[str, Callable[[], Any]]) -> dict[str, int]:
+    """Largest number of bytes of memory that this process has during each of several calls, in the order given.
+
+    Linux can start counting anew; elsewhere, it is the largest since the process began.
+    """
+    peaks = {}
+    for name, call in calls.items():
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+        call()
+        peaks[name] = _peak_since_start()
+    return peaks
+
+
+def _peak_since_start() -> int:
+    try:
+        (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _synchronize() -> None:

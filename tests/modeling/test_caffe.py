@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
@@ -448,6 +449,10 @@ def test_the_config_selects_every_part(cfg, model):
     )
     assert model.roi_heads.mask_head.mask_size == 21 and model.mask_threshold == 0.4
     released = get_config(CONFIG)
+    # The network's classes are VOC's, in the order of the alphabet.
+    names = MetadataCatalog.get(released.DATASETS.TEST[0]).thing_classes
+    assert len(names) == released.MODEL.ROI_HEADS.NUM_CLASSES == 20 and names == sorted(names)
+    assert (names[0], names[14], names[19]) == ("aeroplane", "person", "tvmonitor")
     assert (released.INPUT.MIN_SIZE_TEST, released.INPUT.MAX_SIZE_TEST) == (600, 1000)
     assert released.MODEL.RPN.POST_NMS_TOPK_TEST == 300
 

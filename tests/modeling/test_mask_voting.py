@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.ops import nms
 
-from mnc_d2.modeling import mask_voting, vote_masks
+from mnc_d2.modeling import mask_merging, mask_voting, vote_masks
 
 SIZE = (22, 30)  # height, width
 M, CLASSES = 5, 3
@@ -124,6 +124,7 @@ def test_equals_the_slow_reference(seed):
         {"voting_iou_threshold": 0.8},
         {"mask_threshold": 0.6},
         {"mask_threshold": 0.9},
+        {"mask_threshold": 0.0},
         {"max_detections": 3},
         {"max_detections": 0},
     ],
@@ -201,7 +202,7 @@ def test_max_detections_keeps_the_best_of_all_classes():
 
 def test_strips_do_not_change_the_result(monkeypatch):
     whole = vote_masks(*make_candidates(), SIZE)
-    monkeypatch.setattr(mask_voting, "_MAX_RENDERED_PIXELS", 3 * 24 * SIZE[1])  # three rows of 24 voters
+    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", 3 * 24 * SIZE[1])  # three rows of 24 voters
     strips = vote_masks(*make_candidates(), SIZE)
     assert torch.equal(strips.pred_boxes.tensor, whole.pred_boxes.tensor)
     torch.testing.assert_close(strips.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
@@ -209,7 +210,7 @@ def test_strips_do_not_change_the_result(monkeypatch):
 
 def test_a_limit_below_one_row_still_renders(monkeypatch):
     whole = vote_masks(*make_candidates(), SIZE)
-    monkeypatch.setattr(mask_voting, "_MAX_RENDERED_PIXELS", 1)
+    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", 1)
     torch.testing.assert_close(vote_masks(*make_candidates(), SIZE).pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
 
 

@@ -119,6 +119,32 @@ def test_next_pass_starts_from_the_regressed_boxes_of_its_image(make_roi_heads, 
         assert all(torch.equal(x[12:], y) for x, y in zip(a[:3], b[:3]))
 
 
+def test_boxes_that_are_surely_background_go_no_further(make_roi_heads, make_map, proposals):
+    heads = make_roi_heads(num_passes_test=2).eval()
+    with torch.no_grad():
+        every = heads.run_passes(make_map(n=3), proposals)
+        scores = [x.softmax(dim=1)[:, :-1].sum(dim=1) for x in (every[0].scores, every[0].mask_scores)]
+        foreground = torch.maximum(*scores)  # of any class, at either level
+        heads.next_pass_min_score = foreground.median().item()
+        some = heads.run_passes(make_map(n=3), proposals)
+    torch.testing.assert_close(every[0].foreground_scores, foreground)
+    keep = (every[0].foreground_scores >= heads.next_pass_min_score).split([12, 12, 12])
+    assert [len(x) for x in some[0].boxes] == [12, 12, 12]
+    assert 0 < len(some[1].masks) < 36
+    for image in range(3):
+        assert torch.equal(some[1].boxes[image].tensor, every[1].boxes[image].tensor[keep[image]])
+    torch.testing.assert_close(some[1].mask_scores, every[1].mask_scores[torch.cat(keep)])
+    assert len(infer(heads, make_map(n=3), proposals)) == 3
+
+
+def test_no_box_may_go_further(make_roi_heads, make_map, proposals):
+    heads = make_roi_heads(num_passes_test=3, next_pass_min_score=1.1).eval()
+    with torch.no_grad():
+        outputs = heads.run_passes(make_map(n=3), proposals)
+    assert [len(x.masks) for x in outputs] == [36, 0, 0]
+    assert all(len(x) > 0 for x in infer(heads, make_map(n=3), proposals))
+
+
 BIAS = {"class 0": (3.0, 0.0, 0.0), "class 1": (0.0, 3.0, 0.0), "background": (0.0, 1.0, 3.0)}
 
 

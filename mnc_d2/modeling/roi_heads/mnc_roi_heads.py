@@ -60,6 +60,7 @@ class MNCROIHeads(ROIHeads):
         voting_iou_threshold: float = 0.5,
         mask_on: bool = True,
         mask_in_features: list[str] | None = None,
+        next_pass_min_score: float = 0.0,
         **kwargs,
     ) -> None:
         """
@@ -81,7 +82,7 @@ class MNCROIHeads(ROIHeads):
             delta_gradient_clip, border_gradient: as in :class:`~mnc_d2.modeling.CausalRPN`.
             background_bands, background_fractions: see :func:`~mnc_d2.modeling.roi_heads.sampling.sample_rois`.
             mask_target_threshold, mask_threshold, mask_iou_threshold, mask_loss_weight, next_box_background,
-                voting_iou_threshold: see :func:`mnc_d2.add_mnc_config`.
+                next_pass_min_score, voting_iou_threshold: see :func:`mnc_d2.add_mnc_config`.
             mask_on: whether inference returns masks, by mask voting; if not, boxes only, scored at box level.
             mask_in_features: names of the feature maps that the mask head pools from; by default ``in_features``.
             kwargs: those of Detectron2's ``ROIHeads``.
@@ -116,6 +117,7 @@ class MNCROIHeads(ROIHeads):
         self.mask_iou_threshold = mask_iou_threshold
         self.mask_loss_weight = mask_loss_weight
         self.next_box_background = next_box_background
+        self.next_pass_min_score = next_pass_min_score
         self.voting_iou_threshold = voting_iou_threshold
         self.mask_on = mask_on
         self.mask_in_features = mask_in_features or in_features
@@ -172,6 +174,7 @@ class MNCROIHeads(ROIHeads):
             "mask_iou_threshold": mnc.MASK_IOU_THRESHOLD,
             "mask_loss_weight": mnc.MASK_LOSS_WEIGHT,
             "next_box_background": mnc.NEXT_BOX_BACKGROUND,
+            "next_pass_min_score": mnc.NEXT_PASS_MIN_SCORE,
             "voting_iou_threshold": mnc.VOTING_IOU_THRESHOLD,
             "mask_on": cfg.MODEL.MASK_ON,
         }
@@ -378,7 +381,8 @@ class MNCROIHeads(ROIHeads):
             proposals: one per image, with ``proposal_boxes``.
 
         Returns:
-            one output per pass.
+            one output per pass. A pass has no more boxes than the one before, in the same order: those that it is sure
+            are background go no further.
         """
         image_sizes = [x.image_size for x in proposals]
         boxes = [x.proposal_boxes for x in proposals]
@@ -386,6 +390,9 @@ class MNCROIHeads(ROIHeads):
         for index in range(self.num_passes_test):
             if index > 0:
                 boxes = self._next_boxes(outputs[-1], image_sizes)
+                if self.next_pass_min_score > 0:
+                    keep = outputs[-1].foreground_scores >= self.next_pass_min_score
+                    boxes = [x[k] for x, k in zip(boxes, keep.split([len(x) for x in boxes]))]
             mask_features, pooled = self._pool(features, boxes, index)
             masks = _module_of_pass(self.mask_head, index)(mask_features).sigmoid()
             outputs.append(PassOutput(index, boxes, masks, *self._classify(index, pooled, masks)))

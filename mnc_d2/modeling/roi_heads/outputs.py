@@ -20,6 +20,12 @@ class PassOutput:
     mask_scores: torch.Tensor  # (R, C + 1), mask-level logits
     deltas: torch.Tensor  # (R, 4 (C + 1))
 
+    @property
+    def foreground_scores(self) -> torch.Tensor:
+        """Probability of any foreground class, at box or at mask level, whichever is larger: (R,)."""
+        background = torch.minimum(self.scores.softmax(dim=1)[:, -1], self.mask_scores.softmax(dim=1)[:, -1])
+        return 1 - background
+
 
 def gather_by_image(tensors: Sequence[torch.Tensor], outputs: Sequence[PassOutput]) -> list[torch.Tensor]:
     """Regroup one tensor per pass, (R, ...) over all images, into one per image over all passes."""

@@ -1,0 +1,260 @@
+"""Weighted averages of masks in the image: the arithmetic of mask voting."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# Pixels rendered at once, over all voters: bounds the memory to 4 bytes times this, some times over, and is little
+# enough for a cache.
+_MAX_RENDERED_PIXELS = 2**20
+# What is left out for being under the threshold must be so whatever the order in which it would be summed.
+_ROUNDING = 1e-4
+
+
+class MergedMasks(NamedTuple):
+    """The averaged mask of each of D detections, in a region of the image that has all pixels of the threshold."""
+
+    values: torch.Tensor  # (sum of the regions' areas,), float32: the maps one after another, row by row
+    start: torch.Tensor  # (D,), int64, of each map in `values`
+    regions: torch.Tensor  # (D, 4), int64: x1, y1, x2, y2, far corner exclusive
+    tight_boxes: torch.Tensor  # (D, 4), float32, around the pixels of the threshold; without extent if there is none
+
+
+class MaskMerger:
+    """Averages masks that lie in the frames of boxes, pixel by pixel of the image.
+
+    A rendered row of pixels is a weighted sum of rows of texels that have been stretched along x: an embedding bag, as
+    stretching is. Only the two texels next to a pixel take part, not a whole row or column as in a product of matrices.
+    """
+
+    def __init__(self, boxes: torch.Tensor, masks: torch.Tensor, image_size: tuple[int, int], caffe: bool) -> None:
+        """
+        Args:
+            boxes: (K, 4), float32, in image pixels.
+            masks: (K, m, m), float32, probabilities in the frame of the box.
+            image_size: (height, width).
+            caffe: see ``sampling`` of :func:`~mnc_d2.modeling.vote_masks`.
+        """
+        height, width = image_size
+        count, self.mask_size, _ = masks.shape
+        x = _find_texels(boxes[:, 0], boxes[:, 2], width, self.mask_size, caffe)
+        y = _find_texels(boxes[:, 1], boxes[:, 3], height, self.mask_size, caffe)
+        self.image_size = image_size
+        self.caffe = caffe
+        # The largest that a column or row of pixels can have of each mask.
+        self.column_bounds = _texel_maxima(masks.amax(dim=1), x)
+        self.row_bounds = _texel_maxima(masks.amax(dim=2), y)
+
+        # Tables of stretched rows, each a sum of two columns of texels: (tables, K, width, 2), into the columns of all.
+        self.columns = masks.transpose(1, 2).reshape(count * self.mask_size, self.mask_size)
+        first_column = self.mask_size * torch.arange(count, dtype=torch.int32, device=masks.device)[:, None]
+        column_index = torch.stack((first_column + x.low, first_column + x.high), dim=-1)
+        if caffe:
+            # Bilinear, unless either next texel would be beyond the last: then the nearest above and to the left.
+            inner_x, inner_y, none = x.inside - x.last, y.inside - y.last, torch.zeros_like(x.inside)
+            weights = [((1 - x.fraction) * inner_x, x.fraction * inner_x), (x.inside, none), (x.last, none)]
+            # Which table each pixel row sums up, which of its rows, and the weight.
+            terms = [
+                (0, y.low, (1 - y.fraction) * inner_y),
+                (0, y.high, y.fraction * inner_y),
+                (1, y.low, y.last),
+                (2, y.low, inner_y),
+            ]
+        else:
+            weights = [((1 - x.fraction) * x.inside, x.fraction * x.inside)]
+            terms = [(0, y.low, (1 - y.fraction) * y.inside), (0, y.high, y.fraction * y.inside)]
+        self.column_index = column_index.expand(len(weights), -1, -1, -1)
+        self.column_weight = torch.stack([torch.stack(pair, dim=-1) for pair in weights])
+        self.term_tables = torch.tensor([table for table, *_ in terms], device=masks.device)
+        self.row_index = torch.stack([row for _, row, _ in terms], dim=-1)  # (K, height, terms)
+        self.row_weight = torch.stack([weight for *_, weight in terms], dim=-1)
+
+    def merge(
+        self,
+        weights: torch.Tensor,
+        votes: torch.Tensor,
+        group_of: torch.Tensor,
+        threshold: float,
+        boxes: torch.Tensor | None = None,
+    ) -> MergedMasks:
+        """Add up masks with weights (D, K), those of votes (D, K).
+
+        The detections of a group lie near one another: their voters are rendered once, where any detection of the group
+        can reach the threshold, and added up by one matrix product. What the loop over groups has to know on the host
+        is read before it starts.
+
+        Args:
+            weights: (D, K), the weight of each mask in each sum; those of a sum add up to 1.
+            votes: (D, K), bool, where the weight is not 0.
+            group_of: (D,), int64, from 0 on, without gaps.
+            threshold: see :class:`MergedMasks`.
+            boxes: (groups, 4), float32, in image pixels, where to render instead.
+
+        Returns:
+            the sums, all detections of a group in the same region.
+        """
+        if len(votes) == 0:
+            none = weights.new_zeros(0, 4)
+            return MergedMasks(none[:, 0], none[:, 0].long(), none.long(), none)
+        membership = F.one_hot(group_of).T  # (groups, D)
+        group_votes = (membership.to(weights) @ votes.to(weights)) > 0  # (groups, K)
+        if boxes is None:
+            regions = self._find_regions(weights, membership.to(weights), threshold)
+        else:
+            regions = self._add_margin(boxes[:, :2].floor().long(), boxes[:, 2:].ceil().long())
+        counts = torch.cat((membership.sum(dim=1, keepdim=True), group_votes.sum(dim=1, keepdim=True), regions), dim=1)
+        counts = counts.tolist()
+        voters_of = group_votes.nonzero()[:, 1].split([row[1] for row in counts])
+        areas = [members * (x2 - x1) * (y2 - y1) for members, _, x1, y1, x2, y2 in counts]
+
+        height, width = self.image_size
+        order = group_of.argsort(stable=True)  # the members of a group one after another
+        weights = weights[order]
+        values = weights.new_empty(sum(areas))
+        in_row, in_column = weights.new_zeros(len(weights), height), weights.new_zeros(len(weights), width)
+        first = 0
+        for (count, _, *region), voters, group_values in zip(counts, voters_of, values.split(areas)):
+            x1, y1, x2, y2 = region
+            members = slice(first, first + count)
+            merged = group_values.view(count, y2 - y1, x2 - x1)
+            self._add_up(weights[members].index_select(1, voters), voters, region, out=merged)
+            in_row[members, y1:y2] = merged.amax(dim=2)
+            in_column[members, x1:x2] = merged.amax(dim=1)
+            first += count
+
+        back = order.argsort()
+        regions = regions[group_of]
+        sizes = (regions[:, 2:] - regions[:, :2]).prod(dim=1)[order]
+        occupied = [x[back] > threshold if self.caffe else x[back] >= threshold for x in (in_column, in_row)]
+        tight = torch.stack([_first(x) for x in occupied] + [_last(x) + 1 for x in occupied], dim=1)
+        return MergedMasks(values, (sizes.cumsum(0) - sizes)[back], regions, tight.float())
+
+    def _find_regions(self, weights: torch.Tensor, membership: torch.Tensor, threshold: float) -> torch.Tensor:
+        """Where any detection of each group, membership (groups, D), can reach the threshold: (groups, 4), int64."""
+        reached = [
+            (membership @ (weights @ bounds >= threshold - _ROUNDING).to(weights)) > 0  # (groups, pixels of the axis)
+            for bounds in (self.column_bounds, self.row_bounds)
+        ]
+        return self._add_margin(
+            torch.stack([_first(x) for x in reached], dim=1), torch.stack([_last(x) + 1 for x in reached], dim=1)
+        )
+
+    def _add_margin(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """Regions (n, 4) from start to end, both (n, 2), int64, and one pixel more on each side, in the image.
+
+        Samples between the last pixel inside and the first outside need that. None is without extent.
+        """
+        limit = torch.tensor(self.image_size[::-1], device=start.device)
+        start = (start - 1).clamp(min=0).minimum(limit - 1)
+        return torch.cat((start, (end + 1).minimum(limit).maximum(start + 1)), dim=1)
+
+    def _add_up(self, weights: torch.Tensor, voters: torch.Tensor, region: list[int], out: torch.Tensor) -> None:
+        """Render the masks of voters (n,) in a region (x1, y1, x2, y2) and add them up with weights (D, n)."""
+        x1, y1, x2, y2 = region
+        index = self.column_index[:, :, x1:x2].index_select(1, voters)
+        weight = self.column_weight[:, :, x1:x2].index_select(1, voters)
+        stretched = _bag(self.columns, index, weight).view(-1, x2 - x1, self.mask_size)  # (tables * n, w, m)
+        table = stretched.transpose(1, 2).reshape(-1, x2 - x1)  # (tables * n * m, w)
+        first_row = self.mask_size * torch.arange(len(index) * len(voters), dtype=torch.int32, device=voters.device)
+        first_row = first_row.view(len(index), -1)[self.term_tables].T[:, None]  # (n, 1, terms)
+
+        strip = max(1, _MAX_RENDERED_PIXELS // (len(voters) * (x2 - x1)))
+        for start in range(y1, y2, strip):
+            rows = slice(start, min(start + strip, y2))
+            index = self.row_index[:, rows].index_select(0, voters) + first_row
+            rendered = _bag(table, index, self.row_weight[:, rows].index_select(0, voters))  # (n * strip, w)
+            pixels = slice((rows.start - y1) * (x2 - x1), (rows.stop - y1) * (x2 - x1))
+            torch.mm(weights, rendered.view(len(voters), -1), out=out.view(len(weights), -1)[:, pixels])
+
+
+def sample_masks(
+    merged: MergedMasks, boxes: torch.Tensor, size: int, image_size: tuple[int, int], caffe: bool
+) -> torch.Tensor:
+    """Sample the averaged masks in boxes (D, 4), float32, far corner exclusive, which their regions hold.
+
+    Returns:
+        (D, size, size), float32, in the frames of the boxes.
+    """
+    if len(boxes) == 0:
+        return boxes.new_zeros(0, size, size)
+    left, top, right, bottom = (merged.regions[:, i, None] for i in range(4))
+    y_low, y_high, y_fraction = _sample_axis(boxes[:, 1], boxes[:, 3], size, top, bottom, caffe)  # each (D, size)
+    x_low, x_high, x_fraction = _sample_axis(boxes[:, 0], boxes[:, 2], size, left, right, caffe)
+    y_fraction, x_fraction = y_fraction[:, :, None], x_fraction[:, None, :]
+    if caffe:
+        height, width = image_size
+        at_end = (y_low == height - 1)[:, :, None] | (x_low == width - 1)[:, None, :]
+        y_fraction, x_fraction = y_fraction.masked_fill(at_end, 0), x_fraction.masked_fill(at_end, 0)
+
+    first_of_row = [(merged.start[:, None] + (y - top) * (right - left))[:, :, None] for y in (y_low, y_high)]
+    columns = [(x - left)[:, None, :] for x in (x_low, x_high)]
+    upper, lower = (
+        torch.lerp(merged.values[first + columns[0]], merged.values[first + columns[1]], x_fraction)
+        for first in first_of_row
+    )
+    return torch.lerp(upper, lower, y_fraction)
+
+
+class _Texels(NamedTuple):
+    """Where n pixels lie among m texels along one axis of K boxes; all (K, n)."""
+
+    low: torch.Tensor  # int32, the texel at or before the pixel
+    high: torch.Tensor  # int32, the one after it
+    fraction: torch.Tensor  # how far the pixel is from the first to the second
+    inside: torch.Tensor  # 1 where the pixel belongs to the box, else 0
+    last: (
+        torch.Tensor | None
+    )  # 1 where, moreover, the first is the last of the texels; only for the released code's rule
+
+
+def _find_texels(start: torch.Tensor, end: torch.Tensor, pixels: int, size: int, caffe: bool) -> _Texels:
+    """Find the pixels of an axis of the image among ``size`` texels of boxes from start (K,) to end (K,)."""
+    pixel = torch.arange(pixels, dtype=start.dtype, device=start.device) + (0 if caffe else 0.5)
+    start, end = start[:, None], end[:, None]
+    inside = (pixel >= start) & ((pixel <= end) if caffe else (pixel < end))
+    extent = (end - start + 1) if caffe else (end - start)
+    position = (pixel - start) * size / extent.clamp(min=torch.finfo(start.dtype).tiny)
+    position = (position if caffe else position - 0.5).clamp(0, size - 1)
+    low = position.floor()
+    high = (low + 1).clamp(max=size - 1)
+    is_last = (inside & (low == size - 1)).to(start) if caffe else None
+    return _Texels(low.int(), high.int(), position - low, inside.to(start), is_last)
+
+
+def _texel_maxima(largest: torch.Tensor, texels: _Texels) -> torch.Tensor:
+    """For the largest texels (K, m) of each column, what pixels in between cannot exceed: (K, n), 0 outside the box."""
+    following = torch.cat((largest[:, 1:], largest[:, -1:]), dim=1)
+    return largest.maximum(following).gather(1, texels.low.long()) * texels.inside
+
+
+def _first(occupied: torch.Tensor) -> torch.Tensor:
+    """Index of the first that is true along the last axis; its size if none is."""
+    index = torch.arange(occupied.shape[-1], device=occupied.device)
+    return torch.where(occupied, index, occupied.shape[-1]).amin(dim=-1)
+
+
+def _last(occupied: torch.Tensor) -> torch.Tensor:
+    """Index of the last that is true along the last axis; -1 if none is."""
+    index = torch.arange(occupied.shape[-1], device=occupied.device)
+    return torch.where(occupied, index, -1).amax(dim=-1)
+
+
+def _bag(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of rows of a table (rows, n) over the last axis of index and weight (..., T): (prod(...), n)."""
+    count = index.shape[-1]
+    return F.embedding_bag(index.reshape(-1, count), table, per_sample_weights=weight.reshape(-1, count), mode="sum")
+
+
+def _sample_axis(
+    start: torch.Tensor, end: torch.Tensor, size: int, first: torch.Tensor, last: torch.Tensor, caffe: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The two pixels, of those from first to last (D, 1), last exclusive, that each of ``size`` samples of [start, end)
+    is between, and how far it is to the second."""
+    step = torch.arange(size, dtype=start.dtype, device=start.device) + (0 if caffe else 0.5)
+    position = start[:, None] + step * ((end - start) / size)[:, None] - (0 if caffe else 0.5)
+    position = position.clamp(first, last - 1)
+    low = position.floor()
+    return low.long(), (low + 1).minimum(last - 1).long(), position - low
