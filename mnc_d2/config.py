@@ -107,6 +107,9 @@ def add_mnc_config(cfg: CN) -> None:
     # and mask voting are float32 whatever it is.
     mnc.INFERENCE_PRECISION = "float32"
 
+    # Metrics: "coco" (COCO AP), "sds" (mAP^r of the paper, and VOC's box AP; for any dataset with instances) or "auto",
+    # what the dataset's evaluator_type says.
+    cfg.TEST.EVALUATOR = "auto"
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0
 
