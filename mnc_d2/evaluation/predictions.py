@@ -73,10 +73,8 @@ class ImagePredictions:
 
 def _encode(masks: torch.Tensor) -> list[bytes]:
     """Return the compressed run lengths of masks, bool (N, height, width)."""
-    if len(masks) == 0:
-        return []
-    columns = masks.to(torch.uint8).transpose(1, 2).contiguous().numpy()  # runs go down the columns
-    return [rle["counts"] for rle in mask_util.encode(columns.transpose(2, 1, 0))]
+    pixels = masks.bool().numpy().view(np.uint8)
+    return [mask_util.encode(np.asfortranarray(mask))["counts"] for mask in pixels]
 
 
 def write_coco_results(path: str, predictions: Mapping[Any, ImagePredictions], category_ids: Sequence[int]) -> None:

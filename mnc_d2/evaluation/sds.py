@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 TASKS = ("sds", "bbox")
 VOLUME_THRESHOLDS = tuple(k / 10 for k in range(1, 10))
 BOX_THRESHOLDS = tuple(k / 100 for k in range(50, 100, 5))
+NO_PREDICTIONS = ImagePredictions(np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros((0, 4)), (0, 0), [])
 
 
 class SDSEvaluator(DatasetEvaluator):
@@ -235,7 +236,7 @@ class SDSEvaluator(DatasetEvaluator):
 
 
 class ClassPredictions(NamedTuple):
-    """What :func:`match` needs to know of one class."""
+    """Arguments of :func:`match` for one class, with the predictions by descending score."""
 
     ious: np.ndarray
     instances: np.ndarray
@@ -249,27 +250,35 @@ def _rank_by_class(truth: GroundTruth, predictions: dict[Any, ImagePredictions],
     Boxes are compared as Detectron2 has them, from corner to corner: one from pixel column 3 to column 5 is 3 wide.
     That is what VOC's development kit adds 1 for, where 3 and 5 are the coordinates.
     """
-    instances: list[list[Annotation]] = [[] for _ in truth.class_names]
-    parts: list[list[np.ndarray]] = [[np.zeros((4, 0))] for _ in truth.class_names]
+    instances: list[list[Annotation]] = [[] for _ in truth.class_names]  # by class, of all images
+    overlaps = [np.zeros((3, 0))]
     for image_id, image in truth.images.items():
-        found = predictions.get(image_id)
-        by_class = _group(image.annotations)
-        for category in sorted({*by_class, *(() if found is None else found.classes.tolist())}):
-            annotations = by_class.get(category, [])
-            real, crowds = ([x for x in annotations if x.crowd == crowd] for crowd in (False, True))
-            rows = np.zeros(0, dtype=np.int64) if found is None else np.flatnonzero(found.classes == category)
-            if len(rows):
-                part = np.zeros((4, len(rows)))
-                part[0], part[2] = found.scores[rows], -1
-                regions = found.regions(task, rows) if annotations else None
-                if real:
-                    part[1], index = best_overlaps(regions, _truth_regions(task, real))
-                    part[2] = index + len(instances[category])
-                if crowds:
-                    part[3] = crowd_shares(regions, _truth_regions(task, crowds))
-                parts[category].append(part)
+        found = predictions.get(image_id, NO_PREDICTIONS)
+        of_image = np.zeros((3, len(found.scores)))  # rows are IoU, instance, share in crowd regions
+        of_image[1] = -1
+        for category, regions in _group(image.annotations).items():
+            real, crowds = ([x for x in regions if x.crowd == crowd] for crowd in (False, True))
+            rows = np.flatnonzero(found.classes == category)
+            predicted = found.regions(task, rows)
+            if real:
+                of_image[0, rows], best = best_overlaps(predicted, _truth_regions(task, real))
+                of_image[1, rows] = best + len(instances[category])
+            if crowds:
+                of_image[2, rows] = crowd_shares(predicted, _truth_regions(task, crowds))
             instances[category].extend(real)
-    return [_rank(np.concatenate(columns, axis=1), real, task) for columns, real in zip(parts, instances)]
+        overlaps.append(of_image)
+
+    found = [NO_PREDICTIONS, *predictions.values()]
+    # Equal scores stay in the order of the images and, within one, in that of ImagePredictions.
+    order = np.argsort(-np.concatenate([x.scores for x in found]), kind="stable")
+    classes = np.concatenate([x.classes for x in found])[order]
+    ious, indices, shares = np.concatenate(overlaps, axis=1)[:, order]
+    ranked = []
+    for category, real in enumerate(instances):
+        rows = classes == category
+        difficult = np.array([x.difficult and task == "bbox" for x in real], dtype=bool)
+        ranked.append(ClassPredictions(ious[rows], indices[rows].astype(np.int64), shares[rows], difficult))
+    return ranked
 
 
 def _group(annotations: Iterable[Annotation]) -> dict[int, list[Annotation]]:
@@ -281,13 +290,6 @@ def _group(annotations: Iterable[Annotation]) -> dict[int, list[Annotation]]:
 
 def _truth_regions(task: str, annotations: list[Annotation]) -> list[dict[str, Any]] | np.ndarray:
     return [x.mask for x in annotations] if task == "sds" else np.array([x.box for x in annotations])
-
-
-def _rank(columns: np.ndarray, instances: list[Annotation], task: str) -> ClassPredictions:
-    """Sort rows of score, IoU, instance and crowd share, (4, P), by descending score."""
-    scores, ious, indices, shares = columns[:, np.argsort(-columns[0], kind="stable")]
-    difficult = np.array([x.difficult and task == "bbox" for x in instances], dtype=bool)
-    return ClassPredictions(ious, indices.astype(np.int64), shares, difficult)
 
 
 def _aps(classes: Sequence[ClassPredictions], thresholds: Sequence[float], strict: bool) -> np.ndarray:
