@@ -19,6 +19,7 @@ from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import leave_process_group
 from mnc_d2.evaluation import BoxLevelEvaluator, SDSEvaluator
 from mnc_d2.evaluation.average_precision import best_overlaps, match
+from mnc_d2.evaluation.ground_truth import load_ground_truth
 
 pytestmark = pytest.mark.usefixtures("clean_catalogs")
 GOLDEN = np.load(Path(__file__).with_name("golden_sds.npz"))
@@ -402,6 +403,19 @@ def test_polygons_and_uncompressed_masks_are_read(tmp_path):
     assert (first["image_id"], first["category_id"], second["category_id"]) == (7, 3, 9)
     assert first["bbox"] == [5, 5, 20, 10] and first["score"] == pytest.approx(0.9)
     assert np.array_equal(mask_util.decode(second["segmentation"]), rectangle(20, 0, 30, H))
+
+
+def test_flags_of_a_file_that_cocoevaluator_could_not_read_are_kept(coco_dataset, tmp_path):
+    path, root = coco_dataset
+    content = json.loads(path.read_text())
+    for record in content["annotations"]:
+        del record["area"]  # without which register_coco_dataset sets no json_file
+        record["difficult"] = int(record["category_id"] == 1)
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(content))
+    register_coco_dataset("flagged", path, root)
+    flags = {x.category: x.difficult for x in load_ground_truth("flagged").images[1].annotations}
+    assert flags == {0: True, 1: False}
 
 
 def test_no_predictions_are_written_as_an_empty_list(tmp_path):
