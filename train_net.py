@@ -34,6 +34,7 @@ from mnc_d2.engine import (
     leave_process_group,
     started_by_torchrun,
 )
+from mnc_d2.evaluation import evaluation_protocol
 
 EPILOG = """
 several processes:
@@ -85,6 +86,8 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes_from_datasets(cfg)
     num_processes, num_local_processes = count_processes(args)
     check_device(cfg, num_local_processes)
+    for name in cfg.DATASETS.TEST:
+        evaluation_protocol(cfg, name)
     if not args.eval_only:
         check_solver(cfg, num_processes)
     cfg.freeze()
@@ -158,14 +161,13 @@ def train(cfg: CfgNode, resume: bool) -> dict:
 
 
 def print_summary(cfg: CfgNode, results: dict, weights: str) -> None:
-    """Print the AP of each task, and where the pictures, the log and the checkpoint are."""
+    """Print the AP or mAP^r of each task, and where the pictures, the log and the checkpoint are."""
     per_dataset = results if len(cfg.DATASETS.TEST) > 1 else {name: results for name in cfg.DATASETS.TEST}
-    columns = ["AP", "AP50", "AP75"]
-    rows = [
-        [name, task, *(scores[column] for column in columns)]
-        for name, tasks in per_dataset.items()
-        for task, scores in (tasks or {}).items()
-    ]
+    scores = {(name, task): x for name, tasks in per_dataset.items() for task, x in (tasks or {}).items()}
+    # Of mAP^r what all classes have in common, in the paper's interpolation.
+    regions = [key for x in scores.values() for key in x if key.startswith(("mAPr@", "mAPr_vol")) and "-" not in key]
+    columns = ["AP", "AP50", "AP75", *dict.fromkeys(regions)]
+    rows = [[*names, *(x.get(column) for column in columns)] for names, x in scores.items()]
     print(tabulate(rows, headers=["dataset", "task", *columns], floatfmt=".1f"))
     if cfg.TEST.NUM_PICTURES > 0:
         for name in cfg.DATASETS.TEST:

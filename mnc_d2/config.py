@@ -112,6 +112,9 @@ def add_mnc_config(cfg: CN) -> None:
     # else to a size in whole pixels, as Detectron2 does.
     cfg.INPUT.EXACT_SCALE_TEST = False
 
+    # Metrics: "coco" (COCO AP), "sds" (mAP^r of the paper, and VOC's box AP; for any dataset with instances) or "auto",
+    # what the dataset's evaluator_type says.
+    cfg.TEST.EVALUATOR = "auto"
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0
 

@@ -12,10 +12,10 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.engine.launch import DEFAULT_TIMEOUT
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -24,12 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import MNCCheckpointer
 from .data import MNCDatasetMapper
-from .evaluation import BoxLevelEvaluator, PredictionPictures
+from .evaluation import build_evaluator
 from .layers import HALF_PRECISIONS
 
 
 class MNCTrainer(DefaultTrainer):
-    """Detectron2's ``DefaultTrainer`` with MNC's dataset mapper, COCO evaluation and pictures of predictions.
+    """Detectron2's ``DefaultTrainer`` with MNC's dataset mapper, evaluators and pictures of predictions.
 
     It also trains in several processes on CPUs, in mixed precision on CPUs, and with several batches to an optimizer
     step (``SOLVER.ACCUMULATE``).
@@ -102,34 +102,10 @@ class MNCTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluators:
-        """Evaluate with COCO's metrics into ``output_folder`` (OUTPUT_DIR/inference/<dataset>).
-
-        Where MODEL.MNC.OUTPUTS has "box_instances", these too, into the folder ``box_level`` in it.
-        """
-        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-
-        def coco_evaluator(folder: str, tasks: tuple[str, ...] | None) -> COCOEvaluator:
-            return COCOEvaluator(
-                dataset_name,
-                tasks=tasks,
-                output_dir=folder,
-                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-                # A dataset of the same name may have changed since its conversion was cached.
-                allow_cached_coco=False,
-            )
-
-        # COCOEvaluator cannot score masks against ground truth that lacks some.
-        has_all_masks = MetadataCatalog.get(dataset_name).get("has_all_masks", True)
-        evaluators = [coco_evaluator(output_folder, tasks=None if has_all_masks else ("bbox",))]
-        if "box_instances" in cfg.MODEL.MNC.OUTPUTS:
-            evaluators.append(
-                BoxLevelEvaluator(coco_evaluator(os.path.join(output_folder, "box_level"), tasks=("bbox",)))
-            )
-        if cfg.TEST.NUM_PICTURES > 0:
-            evaluators.append(
-                PredictionPictures(dataset_name, os.path.join(output_folder, "pictures"), cfg.TEST.NUM_PICTURES)
-            )
-        return DatasetEvaluators(evaluators)
+        """Evaluate as :func:`mnc_d2.evaluation.build_evaluator` says, into OUTPUT_DIR/inference/<dataset>."""
+        return build_evaluator(
+            cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        )
 
 
 class AccumulatingTrainer(SimpleTrainer):

@@ -161,6 +161,21 @@ def test_eval_only_gives_the_ap_of_the_end_of_training(trained, coco_dataset, tm
     assert not (tmp_path / PLACES["pictures"]).exists()
 
 
+def test_eval_only_prints_mapr_and_box_ap(trained, coco_dataset, tmp_path):
+    output, _ = trained
+    overrides = [
+        *("MODEL.WEIGHTS", output / "model_final.pth", "TEST.NUM_PICTURES", 0, "TEST.EVALUATOR", "sds"),
+        *("MODEL.MNC.OUTPUTS", "['instances', 'box_instances']"),
+    ]
+    stdout = run_or_fail(arguments_for(coco_dataset, tmp_path, "--eval-only", overrides=overrides))
+    header, _, *lines = [line.split() for line in stdout[stdout.rindex("dataset") :].splitlines()]
+    assert header == ["dataset", "task", "AP", "AP50", "AP75", "mAPr@50", "mAPr@70", "mAPr_vol"]
+    rows = {cells[1]: [float(x) for x in cells[2:]] for cells in lines if cells[:1] == ["drawn"]}
+    assert {task: len(row) for task, row in rows.items()} == {"sds": 3, "bbox": 3, "box_level_bbox": 3}
+    assert rows["sds"][0] > 80 and rows["sds"][1] > 80  # at 0.5 and at 0.7
+    assert rows["bbox"][1] > 80 and rows["box_level_bbox"][1] > 80
+
+
 def test_resume_continues_at_the_iteration_after_the_last(trained, coco_dataset, tmp_path):
     trained_output, _ = trained
     output = tmp_path / "resumed"
@@ -233,6 +248,12 @@ def test_torchrun_and_num_gpus_exclude_each_other(configure, coco_dataset, monke
     configure(*arguments, *DRAWN)
     with pytest.raises(ValueError, match="torchrun starts the processes already"):
         configure(*arguments, "--num-gpus", 2, *DRAWN)
+
+
+def test_evaluator_that_does_not_exist_is_named(configure, coco_dataset):
+    arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN]
+    with pytest.raises(ValueError, match="TEST.EVALUATOR .*'voc'"):
+        configure(*arguments, "TEST.EVALUATOR", "voc")
 
 
 def test_images_that_processes_cannot_share_are_named(configure, coco_dataset):
@@ -349,3 +370,18 @@ def test_summary_has_a_row_for_each_task_of_each_dataset(train_net, small_config
         assert [name, "bbox", "12.3", "50.0", "nan"] in rows
         assert [name, "segm", "1.0", "2.0", "3.0"] in rows
     assert ["checkpoint:", "model.pth"] in rows
+
+
+def test_summary_has_a_column_for_each_kind_of_metric(train_net, small_config, capsys):
+    cfg = small_config(**{"DATASETS.TEST": ("a", "b"), "OUTPUT_DIR": "somewhere"})
+    boxes = {"AP": 30.0, "AP50": 50.0, "AP75": 40.0, "AP50-cat": 1.0}
+    regions = {"mAPr@50": 63.5, "mAPr@70": 41.5, "mAPr_vol": 0.25, "mAPr_area@50": 1.0, "mAPr@50-cat": 2.0}
+    train_net.print_summary(cfg, {"a": {"sds": regions, "bbox": boxes}, "b": {"segm": boxes}}, "model.pth")
+    header, _, sds, bbox, segm, *_ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["dataset", "task", "AP", "AP50", "AP75", "mAPr@50", "mAPr@70", "mAPr_vol"]
+    assert sds.split() == ["a", "sds", "63.5", "41.5", "0.2"]
+    assert bbox.split() == ["a", "bbox", "30.0", "50.0", "40.0"]
+    assert segm.split() == ["b", "segm", "30.0", "50.0", "40.0"]
+    # Numbers stand below the metric that they are of.
+    assert header.index("mAPr@50") <= sds.index("63.5") < header.index("mAPr@70") <= sds.index("41.5")
+    assert header.index("AP50") - 1 <= bbox.index("50.0") < header.index("AP75") - 1

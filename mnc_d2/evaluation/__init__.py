@@ -1,4 +1,14 @@
 from .box_level import BoxLevelEvaluator
+from .build import build_evaluator, evaluation_protocol
+from .coco import FasterCOCOEvaluator
 from .pictures import PredictionPictures
+from .sds import SDSEvaluator
 
-__all__ = ["BoxLevelEvaluator", "PredictionPictures"]
+__all__ = [
+    "BoxLevelEvaluator",
+    "FasterCOCOEvaluator",
+    "PredictionPictures",
+    "SDSEvaluator",
+    "build_evaluator",
+    "evaluation_protocol",
+]
