@@ -288,8 +288,7 @@ def leave_process_group() -> None:
         gc.collect()
         # Over gloo, which minds no processes that share a GPU, as those do that check_device refuses.
         comm.all_gather(None)
-        if dist.get_backend() == "gloo":
-            # Its threads let go of tensors a moment after a call has returned, which ends the process by SIGABRT if
-            # Python has begun to shut down. A barrier takes that moment, and has no tensors of its own.
-            dist.barrier()
+        # Detectron2 caches the group, which then survives its destruction, and so do gloo's threads: one that still
+        # holds a tensor when Python shuts down ends the process by SIGABRT.
+        comm._get_global_gloo_group.cache_clear()
         dist.destroy_process_group()
