@@ -79,6 +79,8 @@ def build_config(args: argparse.Namespace) -> CfgNode:
         _merge(cfg.merge_from_file, args.config_file, where=args.config_file)
     _merge(cfg.merge_from_list, args.opts, where="KEY VALUE overrides")
     weights = cfg.MODEL.WEIGHTS
+    if args.eval_only and not args.resume and not weights:
+        raise ValueError("There is nothing to evaluate: add MODEL.WEIGHTS and the path of a checkpoint, or --resume.")
     if weights and "://" not in weights and not args.resume and not os.path.isfile(weights):
         raise FileNotFoundError(f"The checkpoint MODEL.WEIGHTS {weights} does not exist.")
     for dataset in args.dataset:

@@ -22,18 +22,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from .config import add_mnc_config
+from .engine import check_device
 from .model_zoo import get_config_file
 from .predictor import MNCPredictor
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def list_images(inputs: Sequence[str]) -> list[str]:
-    """Return the paths of image files, with the images in a folder, by name, in place of the folder.
+def list_images(inputs: Sequence[str], output: str) -> dict[str, str]:
+    """Return the path of the picture of each image file, by the path of the image.
+
+    Args:
+        inputs: image files, and folders: the images in a folder, by name, take its place.
+        output: the folder of the pictures.
 
     Raises:
         FileNotFoundError: a path does not exist, or a folder has no image.
-        ValueError: two images have the same name, and so would their pictures.
+        ValueError: two pictures would have the same name, or one would overwrite an image.
     """
     paths = []
     for path in inputs:
@@ -46,16 +51,15 @@ def list_images(inputs: Sequence[str]) -> list[str]:
             paths.append(path)
         else:
             raise FileNotFoundError(f"The image or folder {path} does not exist.")
-    by_picture = {}
+    by_picture, images = {}, {os.path.realpath(path) for path in paths}
     for path in paths:
-        other = by_picture.setdefault(_picture_name(path), path)
+        picture = os.path.join(output, os.path.splitext(os.path.basename(path))[0] + ".png")
+        other = by_picture.setdefault(picture, path)
         if other != path:
             raise ValueError(f"The pictures of {other} and {path} would have the same name. Run them one by one.")
-    return list(by_picture.values())
-
-
-def _picture_name(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0] + ".png"
+        if os.path.realpath(picture) in images:
+            raise ValueError(f"The picture {picture} would overwrite an image. Choose another folder for the pictures.")
+    return {path: picture for picture, path in by_picture.items()}
 
 
 def build_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
@@ -63,7 +67,7 @@ def build_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
 
     Raises:
         FileNotFoundError: there is no such config, or MODEL.WEIGHTS do not exist.
-        ValueError: an override is wrong, or there are no MODEL.WEIGHTS.
+        ValueError: an override is wrong, there are no MODEL.WEIGHTS, or the machine has no MODEL.DEVICE.
     """
     cfg = get_cfg()
     add_mnc_config(cfg)
@@ -77,6 +81,7 @@ def build_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
         raise ValueError("The model has no weights: add MODEL.WEIGHTS and their path.")
     if "://" not in weights and not os.path.isfile(weights):
         raise FileNotFoundError(f"The checkpoint MODEL.WEIGHTS {weights} does not exist.")
+    check_device(cfg, num_local_processes=1)
     return cfg
 
 
@@ -96,25 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
     args = parser.parse_args(arguments)
     try:
-        paths = list_images(args.input)
+        pictures = list_images(args.input, args.output)
         cfg = build_config(args.config_file, args.opts)
         setup_logger(name="mnc_d2")
         predictor = MNCPredictor(cfg)
         os.makedirs(args.output, exist_ok=True)
-        for path in tqdm(paths):
-            _write_picture(path, args, predictor)
+        for path, picture in tqdm(pictures.items()):
+            _write_picture(path, picture, args.score_threshold, predictor)
     except (OSError, ValueError) as error:
         sys.exit(f"mnc_d2.demo: {error}")
 
 
-def _write_picture(path: str, args: argparse.Namespace, predictor: MNCPredictor) -> None:
+def _write_picture(path: str, target: str, score_threshold: float, predictor: MNCPredictor) -> None:
     try:
         image = read_image(path, format="BGR")
     except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
         raise OSError(f"Image {path} cannot be read ({error}).") from error
     instances = predictor(image)["instances"]
-    picture = draw(image, instances[instances.scores >= args.score_threshold], getattr(predictor, "metadata", None))
-    target = os.path.join(args.output, _picture_name(path))
+    picture = draw(image, instances[instances.scores >= score_threshold], getattr(predictor, "metadata", None))
     picture.save(target + ".tmp", format="PNG")
     os.replace(target + ".tmp", target)
 

@@ -21,7 +21,12 @@ class MNCPredictor(DefaultPredictor):
         """
         Args:
             cfg: the config of the model; MODEL.WEIGHTS are loaded.
+
+        Raises:
+            ValueError: INPUT.FORMAT is neither "RGB" nor "BGR".
         """
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise ValueError(f'INPUT.FORMAT must be "RGB" or "BGR", got {cfg.INPUT.FORMAT!r}')
         # In place of DefaultPredictor's own __init__, which makes both differently.
         self.cfg = cfg.clone()
         self.model = build_model(self.cfg).eval()

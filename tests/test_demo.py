@@ -102,6 +102,11 @@ def test_a_config_of_this_project_is_found_by_name(model_files):
         (["MODEL.WEIGHTS", ""], "no weights: add MODEL.WEIGHTS"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "MODEL.WEIGHTS nowhere.pth does not exist"),
         (["MODEL.NO_KEY", "1"], "NO_KEY"),
+        pytest.param(
+            ["MODEL.DEVICE", "cuda"],
+            "PyTorch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_wrong_overrides_end_in_one_sentence(model_files, folder, tmp_path, more, message):
@@ -127,9 +132,22 @@ def test_wrong_images_are_named(model_files, folder, tmp_path):
 def test_pictures_that_would_overwrite_one_another_are_refused(folder):
     (folder / "a.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="a.jpg and .*a.png would have the same name"):
-        demo.list_images([str(folder)])
+        demo.list_images([str(folder)], "pictures")
 
 
 def test_an_image_given_twice_is_one():
-    path = __file__
-    assert demo.list_images([path, path]) == [path]
+    assert demo.list_images([__file__, __file__], "out") == {__file__: "out/test_demo.png"}
+
+
+def test_images_are_not_overwritten(model_files, folder):
+    before = (folder / "a.png").read_bytes()
+    with pytest.raises(SystemExit, match="a.png would overwrite an image"):
+        run(model_files[1], folder, folder)
+    assert (folder / "a.png").read_bytes() == before
+
+
+def test_an_image_format_that_predictors_do_not_know_is_named(model_files):
+    cfg, _ = model_files
+    cfg.INPUT.FORMAT = "YUV-BT.601"
+    with pytest.raises(ValueError, match="INPUT.FORMAT must be .*'YUV-BT.601'"):
+        MNCPredictor(cfg)

@@ -258,7 +258,7 @@ def test_evaluator_that_does_not_exist_is_named(configure, coco_dataset):
 
 def test_images_that_processes_cannot_share_are_named(configure, coco_dataset):
     arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, "--num-gpus", 3, "--num-machines", 2]
-    overrides = [*DRAWN, "MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH"]
+    overrides = [*DRAWN, "MODEL.WEIGHTS", __file__, "SOLVER.IMS_PER_BATCH"]
     configure("--eval-only", *arguments, *overrides, 3)
     configure(*arguments, *overrides, 6)
     with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH is 3, for 6 processes"):
@@ -312,6 +312,11 @@ def test_missing_checkpoint_is_named(configure, tmp_path):
         configure("--config-file", CONFIG, "--eval-only", "MODEL.WEIGHTS", tmp_path / "none.pth")
 
 
+def test_evaluation_of_nothing_is_refused(configure, coco_dataset):
+    with pytest.raises(ValueError, match="nothing to evaluate: add MODEL.WEIGHTS"):
+        configure("--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, "--eval-only", *OVERRIDES)
+
+
 def test_missing_base_of_a_config_file_is_named(configure, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("_BASE_: none.yaml\n")
@@ -337,7 +342,7 @@ def test_dataset_that_is_not_prepared_is_named_if_it_is_used(train_net, clean_ca
     (tmp_path / "VOC2012" / "mnc_annotations").mkdir(parents=True)
     register_voc_set("present", VOC_SETS["voc_2012_sds_val"], str(tmp_path))
     (tmp_path / "VOC2012" / "mnc_annotations" / "present.json").touch()
-    arguments = ["--config-file", str(VOC_CONFIG), "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+    arguments = ["--config-file", str(VOC_CONFIG), "MODEL.WEIGHTS", __file__, "MODEL.DEVICE", "cpu"]
     arguments += ["DATASETS.TRAIN", "('absent',)", "DATASETS.TEST", "('present',)"]
     parse = train_net.argument_parser().parse_args
     mistake = train_net.find_mistake(parse(arguments))

@@ -67,7 +67,16 @@ class ResizeByExactScale(T.Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> ExactScaleTransform:
-        return ExactScaleTransform(exact_scale(image.shape[:2], self.short_side, self.long_side))
+        """Return the transform of an image (H, W, ...).
+
+        Raises:
+            ValueError: nothing would be left of its short side.
+        """
+        size = image.shape[:2]
+        scale = exact_scale(size, self.short_side, self.long_side)
+        if min(scaled_size(size, scale)) < 1:
+            raise ValueError(f"An image of {size[1]} x {size[0]} pixels is too thin to be resized by {scale:.3g}.")
+        return ExactScaleTransform(scale)
 
 
 def build_test_resize(cfg: CfgNode) -> T.Augmentation:

@@ -6,6 +6,7 @@ Detectron2 itself registers ``voc_2007_trainval`` and the like, which read boxes
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from .files import prepare_dataset
 
 __all__ = ["VOC_CLASSES", "VOC_SETS", "VOC_UNIONS", "VOCSet", "register_union", "register_voc_set", "voc_palette"]
+
+logger = logging.getLogger(__name__)
 
 VOC_CLASSES = tuple(CLASS_NAMES)  # category ids 1 to 20, in this order
 ANNOTATION_FOLDER = "mnc_annotations"
@@ -110,11 +113,11 @@ def register_voc_set(name: str, voc_set: VOCSet, root: str) -> None:
     """
     has_masks = voc_set.source != "boxes"
     json_file = voc_set.json_file(root, name)
-    DatasetCatalog.register(name, lambda: _load(name, json_file, root))
+    DatasetCatalog.register(name, lambda: _load(name, json_file, root, voc_set.num_images))
     MetadataCatalog.get(name).set(
         json_file=json_file,
         image_root=root,
-        evaluator_type="sds" if has_masks else "coco",
+        evaluator_type="sds",
         has_all_masks=has_masks,
         prepare_command=COMMANDS[voc_set.source],
         **_class_metadata(),
@@ -143,6 +146,11 @@ def _class_metadata() -> dict[str, Any]:
     }
 
 
-def _load(name: str, json_file: str, root: str) -> list[dict[str, Any]]:
+def _load(name: str, json_file: str, root: str, num_images: int) -> list[dict[str, Any]]:
     prepare_dataset(name)
-    return load_coco_json(json_file, root, name, extra_annotation_keys=["difficult", "truncated"])
+    records = load_coco_json(json_file, root, name, extra_annotation_keys=["difficult", "truncated"])
+    if len(records) != num_images:
+        logger.warning(
+            f"'{name}' has {len(records)} images, officially {num_images}: see the output of its preparation."
+        )
+    return records

@@ -77,13 +77,18 @@ def load_ground_truth(dataset_name: str) -> GroundTruth:
     json_file = metadata.get("coco_source", [None])[0] or metadata.get("json_file")
     if json_file is not None:
         return _from_json(json_file, metadata)
+    if metadata.get("evaluator_type") == "pascal_voc":
+        raise ValueError(
+            f"Detectron2's '{dataset_name}' does not say which instances are difficult. Evaluate it with "
+            'TEST.EVALUATOR "auto", or take voc_2007_boxes_test and the like: see datasets/README.md.'
+        )
     names = metadata.get("thing_classes")
     if names is None:
         raise ValueError(f"Dataset '{dataset_name}' has neither json_file nor thing_classes in its metadata.")
     mapping = metadata.get("thing_dataset_id_to_contiguous_id", {})
     images = {}
-    for index, record in enumerate(DatasetCatalog.get(dataset_name)):
-        image_id = record.get("image_id", index)
+    for record in DatasetCatalog.get(dataset_name):
+        image_id = record["image_id"]
         annotations = [
             _annotation(anno, f"annotation {i} of image {image_id!r}", anno["category_id"], record)
             for i, anno in enumerate(record.get("annotations", []))

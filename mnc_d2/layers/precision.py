@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from detectron2.layers import Conv2d
 from torch import nn
 
 # By the names that configs have for them.
 HALF_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_CONVERTIBLE = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+# Layers that use their weights as they are. Those that standardise them first, as some of timm's, need them in full.
+_PLAIN_FORWARDS = {nn.Linear.forward, nn.Conv2d.forward, nn.ConvTranspose2d.forward, Conv2d.forward}
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -23,12 +26,18 @@ class HalfPrecisionWeights:
     """Copies in half precision of the weights of a module's convolutions and linear layers.
 
     Autocast converts them in every call, which for large fully connected layers takes as long as their arithmetic. With
-    these copies in their place it finds nothing to convert. The results are the same.
+    these copies in their place it finds nothing to convert. The results are the same. Copies of this object and its
+    pickles are empty.
     """
 
     def __init__(self) -> None:
         self._copies: dict[str, torch.Tensor] = {}
         self._made_from: list[tuple] = []
+        # The weights of a module can be exchanged by one thread at a time.
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple:
+        return HalfPrecisionWeights, ()
 
     def clear(self) -> None:
         """Forget the copies, and the memory they take."""
@@ -37,7 +46,8 @@ class HalfPrecisionWeights:
     def call(self, module: nn.Module, dtype: torch.dtype, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function that uses a module while the module has the copies in place of its weights.
 
-        The copies are made in the first call, and again whenever the weights have changed.
+        The copies are made in the first call, and again when the weights have changed; only of a change through
+        ``weight.data``, which PyTorch does not count, it has to be told by :meth:`clear`.
 
         Args:
             module: it has its own weights again on return.
@@ -48,13 +58,14 @@ class HalfPrecisionWeights:
         Returns:
             what the function returns.
         """
-        weights = dict(_convertible_weights(module))
-        made_from = [(id(x), x.data_ptr(), x._version, x.device, dtype) for x in weights.values()]
-        if made_from != self._made_from:
-            of_weight = {id(x): _convert(x, dtype) for x in weights.values()}  # tied weights stay tied
-            self._copies = {f"module.{name}": of_weight[id(x)] for name, x in weights.items()}
-            self._made_from = made_from
-        return torch.func.functional_call(_Caller(module), self._copies, (function, *args))
+        with self._lock:
+            weights = dict(_plain_weights(module))
+            made_from = [(id(x), x.data_ptr(), _version(x), x.device, dtype) for x in weights.values()]
+            if made_from != self._made_from:
+                of_weight = {id(x): _convert(x, dtype) for x in weights.values()}  # tied weights stay tied
+                self._copies = {f"module.{name}": of_weight[id(x)] for name, x in weights.items()}
+                self._made_from = made_from
+            return torch.func.functional_call(_Caller(module), self._copies, (function, *args))
 
 
 class _Caller(nn.Module):
@@ -68,11 +79,16 @@ class _Caller(nn.Module):
         return function(*args)
 
 
-def _convertible_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of the layers that autocast runs in half precision."""
+def _plain_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the layers that autocast runs in half precision, and that use them as they are."""
     for layer_name, layer in module.named_modules():
-        if isinstance(layer, _CONVERTIBLE):
+        if type(layer).forward in _PLAIN_FORWARDS:
             yield from layer.named_parameters(prefix=layer_name, recurse=False)
+
+
+def _version(weight: torch.Tensor) -> int:
+    """How often a weight was changed in place; those made in inference mode are not counted."""
+    return -1 if weight.is_inference() else weight._version
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# Pixels rendered at once, over all voters: bounds the memory to 4 bytes times this, some times over, and is little
-# enough for a cache.
+# Pixels rendered at once, over all voters: few enough for a cache. What takes memory is the averaged map of each
+# detection, 4 bytes a pixel of its region.
 _MAX_RENDERED_PIXELS = 2**20
-# What is left out for being under the threshold must be so whatever the order in which it would be summed.
-_ROUNDING = 1e-4
+# What is left out for being under the threshold must be so in whatever order, and with TF32, it would be summed.
+_ROUNDING = 1e-3
 
 
 class MergedMasks(NamedTuple):

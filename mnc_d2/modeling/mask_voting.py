@@ -27,14 +27,14 @@ def vote_masks(
 
     Boxes that survive a class-wise NMS are the detections. The mask of each is the average of the masks of all
     candidates that overlap it, weighted by their score for its class and rendered in the image. The box of a detection
-    is the tight box of the resulting mask. Candidates that are not finite are left out.
+    is the tight box of the resulting mask. Candidates that are not finite, or whose area is not, are left out.
 
     Args:
         boxes: (K, 4), in image pixels; they may reach out of the image.
         scores: (K, C), probability of each foreground class.
         masks: (K, m, m), probabilities in the frame of the box.
         image_size: (height, width).
-        score_threshold: candidates survive only with a higher score.
+        score_threshold: candidates survive only with a higher score; at least 0.
         nms_threshold: a box is suppressed by a better one of its class whose IoU with it is greater.
         voting_iou_threshold: candidates whose box has at least this IoU to a survivor vote for its mask.
         mask_threshold: a pixel belongs to a detection from this averaged probability on.
@@ -53,6 +53,8 @@ def vote_masks(
     """
     if sampling not in ("center", "caffe"):
         raise ValueError(f'sampling must be "center" or "caffe", got {sampling!r}')
+    if score_threshold < 0:
+        raise ValueError(f"score_threshold must be at least 0, got {score_threshold}")
     # Coordinates and sums of probabilities need float32, also where the network runs under autocast.
     with torch.autocast(boxes.device.type, enabled=False):
         return _vote_masks(
@@ -81,7 +83,13 @@ def _vote_masks(
     max_detections: int,
     caffe: bool,
 ) -> Instances:
-    finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1) & masks.isfinite().all(dim=2).all(dim=1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).float().prod(dim=1)
+    finite = (
+        boxes.isfinite().all(dim=1)
+        & areas.isfinite()
+        & scores.isfinite().all(dim=1)
+        & masks.isfinite().all(dim=2).all(dim=1)
+    )
     given = finite.nonzero().squeeze(1)
     boxes, scores, masks = (x[given].float() for x in (boxes, scores, masks))
     # Areas of boxes with inclusive corners are those of boxes that end one pixel further.

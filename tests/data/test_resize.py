@@ -116,3 +116,8 @@ def test_training_is_resized_as_ever():
     cfg.INPUT.EXACT_SCALE_TEST = True
     augmentations = MNCDatasetMapper(cfg, is_train=True).augmentations.augs
     assert not any(isinstance(x, ResizeByExactScale) for x in augmentations)
+
+
+def test_an_image_that_would_vanish_is_named():
+    with pytest.raises(ValueError, match="An image of 2000 x 1 pixels is too thin"):
+        ResizeByExactScale(600, 900).get_transform(np.zeros((1, 2000, 3), dtype=np.uint8))

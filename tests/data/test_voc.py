@@ -257,7 +257,7 @@ def test_registered_at_import():
         metadata = MetadataCatalog.get(name)
         assert name in DatasetCatalog
         assert metadata.json_file == voc_set.json_file(os.getenv("DETECTRON2_DATASETS", "datasets"), name)
-        assert metadata.evaluator_type == ("coco" if voc_set.source == "boxes" else "sds")
+        assert metadata.evaluator_type == "sds"
         assert metadata.has_all_masks == (voc_set.source != "boxes")
     for name in (*VOC_SETS, *VOC_UNIONS):
         metadata = MetadataCatalog.get(name)
@@ -320,3 +320,23 @@ def test_missing_datasets_of_detectron2_are_named(tmp_path, clean_catalogs):
     register_pascal_voc("absent", str(tmp_path / "VOC2007"), "trainval", 2007)
     with pytest.raises(FileNotFoundError, match="'absent' needs .*VOC2007, which does not exist.*datasets/README.md"):
         prepare_dataset("absent")
+
+
+def test_a_part_of_a_dataset_is_noticed_when_it_is_loaded(root, clean_catalogs, caplog):
+    prepare_voc(root, ["voc_2012_seg_val"], partial=True)
+    voc_set = VOC_SETS["voc_2012_seg_val"]
+    os.rename(voc_set.json_file(root, "voc_2012_seg_val"), voc_set.json_file(root, "part"))
+    register_voc_set("part", voc_set, str(root))
+    with caplog.at_level("WARNING"):
+        DatasetCatalog.get("part")
+    assert "'part' has 2 images, officially 1449" in caplog.text
+
+
+def test_an_image_that_exif_data_turn_is_refused(root):
+    path = root / "VOC2012" / "JPEGImages" / f"{VAL[0]}.jpg"
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(path, exif=exif)
+    with pytest.raises(ValueError, match=f"{VAL[0]}.jpg has the EXIF orientation 6"):
+        prepare_voc(root, ["voc_2012_boxes_val"], partial=True)

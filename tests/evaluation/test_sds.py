@@ -467,6 +467,11 @@ def test_results_are_logged_by_class(caplog):
     assert ["b", "100.00", "100.00", "100.00", "100.00"] in rows
 
 
+def test_datasets_that_do_not_tell_difficult_instances_are_refused(clean_catalogs):
+    with pytest.raises(ValueError, match="voc_2007_test.*difficult.*voc_2007_boxes_test"):
+        SDSEvaluator("voc_2007_test")
+
+
 def test_reset_forgets_the_predictions():
     register({"x": [annotation(rectangle(0, 0, 20, 20), 0)]}, classes=["a"])
     evaluator = SDSEvaluator("images")

@@ -1,3 +1,8 @@
+import contextlib
+import copy
+import pickle
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -96,3 +101,52 @@ def test_only_half_precision_is_promoted():
     dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
     promoted = [at_least_float32(torch.ones(1, dtype=dtype)).dtype for dtype in dtypes]
     assert promoted == [torch.float32, torch.float32, torch.float32, torch.float64]
+
+
+class Standardised(nn.Linear):
+    """A layer that changes its weight before use, in full precision."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, (self.weight - self.weight.mean()) / self.weight.std(), self.bias)
+
+
+def test_layers_that_compute_with_their_weight_keep_it():
+    torch.manual_seed(0)
+    layer = Standardised(8, 8)
+    nn.init.normal_(layer.weight, mean=0.2, std=0.01)  # which half precision would drown
+    x = torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(HalfPrecisionWeights().call(layer, torch.bfloat16, layer, x), layer(x))
+
+
+def test_calls_of_several_threads_leave_the_weights_as_they_were(module):
+    weights, own, inside = HalfPrecisionWeights(), module[0].weight, threading.Barrier(2)
+
+    def call():
+        def wait():
+            # Both would be inside at once if they could; one waits for the other in vain.
+            with contextlib.suppress(threading.BrokenBarrierError):
+                inside.wait(timeout=0.2)
+
+        weights.call(module, torch.bfloat16, wait)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert module[0].weight is own
+
+
+def test_weights_made_in_inference_mode_are_converted():
+    with torch.inference_mode():
+        layer = nn.Linear(3, 3)
+    assert HalfPrecisionWeights().call(layer, torch.bfloat16, lambda: layer.weight.dtype) == torch.bfloat16
+
+
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_are_not_copied(module, make_copy):
+    weights = HalfPrecisionWeights()
+    run(weights, module)
+    assert len(pickle.dumps(make_copy(weights))) == len(pickle.dumps(HalfPrecisionWeights()))
+    assert torch.equal(run(make_copy(weights), module), run(weights, module))

@@ -531,10 +531,36 @@ def test_images_resized_otherwise_are_refused(model):
     inputs = {"image": torch.zeros(3, 96, 134), "height": 57, "width": 80, "file_name": "cat.jpg"}
     with pytest.raises(ValueError, match="cat.jpg of 80 x 57 .* to 134 x 96.*INPUT.EXACT_SCALE_TEST"):
         model([inputs])
-    with pytest.raises(ValueError, match="torch.uint8, but .* float32"):
+    with pytest.raises(ValueError, match="in whole grey levels, but .* float32"):
         model([{**inputs, "image": torch.zeros(3, 96, 135, dtype=torch.uint8)}])
     with pytest.raises(ValueError, match='"height" and "width"'):
         model([{"image": torch.zeros(3, 96, 135)}])
+
+
+def test_images_that_were_rounded_are_refused(cfg, model):
+    """Detectron2's predictor hands over whole grey levels as float32."""
+    inputs = make_input(cfg, 57, 80)
+    with pytest.raises(ValueError, match="in whole grey levels.*MNCPredictor"):
+        model([{**inputs, "image": inputs["image"].round()}])
+    flat = torch.full((3, 96, 135), 200.0)
+    assert len(model([{**inputs, "image": flat}])) == 1
+    # An image that keeps its size has whole grey levels.
+    assert len(model([make_input(cfg, 96, 150)])) == 1
+
+
+def test_deltas_without_bounds_give_boxes_of_the_image():
+    decoded = InclusiveBoxTransform((1.0, 1.0, 1.0, 1.0)).apply_deltas(
+        torch.tensor([[0.0, 0.0, 90.0, 1e30]]), torch.tensor([[3.0, 4.0, 10.0, 10.0]])
+    )
+    assert decoded.isfinite().all()
+    assert clip_to_pixels(decoded, (50, 60)).tolist() == [[0, 0, 59, 49]]
+
+
+def test_anchors_have_no_offset(cfg):
+    cfg = cfg.clone()
+    cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.5
+    with pytest.raises(ValueError, match="MODEL.ANCHOR_GENERATOR.OFFSET is 0.5"):
+        build_model(cfg)
 
 
 def test_training_is_refused(cfg, model):

@@ -314,3 +314,15 @@ def test_autocast_changes_nothing():
 def test_half_precision_candidates_give_float32_results():
     result = vote_masks(*(x.bfloat16() for x in make_candidates()), SIZE)
     assert result.scores.dtype == result.pred_masks.dtype == result.pred_boxes.tensor.dtype == torch.float32
+
+
+def test_a_box_whose_area_is_not_finite_is_left_out():
+    boxes, scores, masks = make_candidates()
+    expected = vote_masks(boxes[1:], scores[1:], masks[1:], SIZE)
+    boxes[0] = torch.tensor([-3e38, -3e38, 3e38, 3e38])
+    assert torch.equal(vote_masks(boxes, scores, masks, SIZE).scores, expected.scores)
+
+
+def test_a_negative_score_threshold_is_an_error():
+    with pytest.raises(ValueError, match="score_threshold must be at least 0, got -1"):
+        vote_masks(*make_candidates(), SIZE, score_threshold=-1)

@@ -18,6 +18,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
+from ..coco import EXIF_ORIENTATION
 from ..shapes import datasets_root
 from ..voc import VOC_CLASSES
 
@@ -110,14 +111,18 @@ def check_image(path: str) -> tuple[int, int]:
     """Decode an image file and return its (height, width).
 
     Raises:
-        ValueError: it cannot be read; the message names the file.
+        ValueError: it cannot be read, or its EXIF data turn it, but not its annotations; the message names the file.
     """
     try:
         with Image.open(path) as image:
             image.load()
-            return image.height, image.width
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            size = image.height, image.width
     except (OSError, SyntaxError, ValueError) as e:  # what Pillow raises on broken files
         raise ValueError(f"{path} cannot be read as an image ({e})") from e
+    if orientation != 1:
+        raise ValueError(f"{path} has the EXIF orientation {orientation}: it would be turned, and its masks not")
+    return size
 
 
 def encode_masks(instance_map: np.ndarray, ids: Sequence[int]) -> list[dict[str, Any]]:

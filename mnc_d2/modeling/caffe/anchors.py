@@ -16,6 +16,14 @@ class CaffeAnchorGenerator(DefaultAnchorGenerator):
     MODEL.ANCHOR_GENERATOR.OFFSET must be 0: the anchors themselves are centred on the first cell.
     """
 
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        if cfg.MODEL.ANCHOR_GENERATOR.OFFSET != 0:
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.OFFSET is {cfg.MODEL.ANCHOR_GENERATOR.OFFSET}; CaffeAnchorGenerator needs 0"
+            )
+        return super().from_config(cfg, input_shape)
+
     def _calculate_anchors(
         self, sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[Sequence[float]]
     ) -> BufferList:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+_MAX_GROWTH = 50.0  # exp of it is far beyond any image, and far from the end of float32
+
 
 class NetworkInputSize(tuple):
     """The (height, width) of the network's input, which also knows the image that was scaled to it.
@@ -35,7 +37,8 @@ class InclusiveBoxTransform:
     """Decoding of box deltas as py-faster-rcnn does, in place of Detectron2's ``Box2BoxTransform``.
 
     A box of inclusive corners is x2 - x1 + 1 wide, and its centre is half of that from x1. The decoded corners lie half
-    of the new width to both sides of the new centre, without the 1 at the far corner, and sizes are not limited.
+    of the new width to both sides of the new centre, without the 1 at the far corner, and sizes are not limited, but by
+    what keeps them finite.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -59,7 +62,7 @@ class InclusiveBoxTransform:
         offsets, growth = (deltas.unflatten(1, (-1, 4)) / deltas.new_tensor(self.weights)).split(2, dim=2)
         sizes = boxes[:, None, 2:] - boxes[:, None, :2] + 1  # (R, 1, 2)
         centres = boxes[:, None, :2] + 0.5 * sizes + offsets * sizes
-        half = 0.5 * growth.exp() * sizes
+        half = 0.5 * growth.clamp(max=_MAX_GROWTH).exp() * sizes
         return torch.cat((centres - half, centres + half), dim=2).view_as(deltas)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
@@ -79,11 +80,13 @@ class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
             raise ValueError(f'{name} comes without the "height" and "width" of the original image.')
         original = inputs["height"], inputs["width"]
         scale = exact_scale(original, self.short_side, self.long_side)
-        if scaled_size(original, scale) != tuple(size) or not inputs["image"].is_floating_point():
+        image = inputs["image"]
+        if scaled_size(original, scale) != tuple(size) or _is_rounded(image, scale):
             raise ValueError(
                 f"{name} of {original[1]} x {original[0]} pixels was resized to {size[1]} x {size[0]}, "
-                f"{inputs['image'].dtype}, but the model needs a factor of {scale:.6g}, and float32: set "
-                "INPUT.EXACT_SCALE_TEST True, and resize with mnc_d2.data.build_test_resize(cfg)."
+                f"{'in whole grey levels, ' if _is_rounded(image, scale) else ''}but the model needs a factor of "
+                f"{scale:.6g}, and float32: set INPUT.EXACT_SCALE_TEST True, and take mnc_d2.predictor.MNCPredictor or "
+                "mnc_d2.data.build_test_resize(cfg). Test-time augmentation resizes in another way."
             )
         return NetworkInputSize(size, scale, original)
 
@@ -99,3 +102,12 @@ class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
         size = result.image_size
         boxes = Boxes(pixel_extents(result.pred_boxes.tensor / size.scale))
         return Instances(size.original, **{**result.get_fields(), "pred_boxes": boxes})
+
+
+def _is_rounded(image: torch.Tensor, scale: float) -> bool:
+    """Whether an image (C, H, W) that was resized by a factor was rounded to whole grey levels then."""
+    if not image.is_floating_point():
+        return True
+    # Of an image that is not flat, bilinear samples are not all whole numbers.
+    flat = image == image[:, :1, :1]
+    return scale != 1 and bool((image == image.round()).all() & ~flat.all())
