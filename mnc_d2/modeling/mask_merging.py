@@ -48,7 +48,7 @@ class MaskMerger:
         self.column_bounds = _texel_maxima(masks.amax(dim=1), x)
         self.row_bounds = _texel_maxima(masks.amax(dim=2), y)
 
-        # Tables of stretched rows, each a sum of two columns of texels: (tables, K, width, 2), into the columns of all.
+        # Tables of stretched rows, each a sum of two columns of texels: (K, tables, width, 2), into the columns of all.
         self.columns = masks.transpose(1, 2).reshape(count * self.mask_size, self.mask_size)
         first_column = self.mask_size * torch.arange(count, dtype=torch.int32, device=masks.device)[:, None]
         column_index = torch.stack((first_column + x.low, first_column + x.high), dim=-1)
@@ -66,11 +66,12 @@ class MaskMerger:
         else:
             weights = [((1 - x.fraction) * x.inside, x.fraction * x.inside)]
             terms = [(0, y.low, (1 - y.fraction) * y.inside), (0, y.high, y.fraction * y.inside)]
-        self.column_index = column_index.expand(len(weights), -1, -1, -1)
-        self.column_weight = torch.stack([torch.stack(pair, dim=-1) for pair in weights])
-        self.term_tables = torch.tensor([table for table, *_ in terms], device=masks.device)
-        self.row_index = torch.stack([row for _, row, _ in terms], dim=-1)  # (K, height, terms)
+        self.column_index = column_index[:, None].expand(-1, len(weights), -1, -1)
+        self.column_weight = torch.stack([torch.stack(pair, dim=-1) for pair in weights], dim=1)
+        # Into the tables of a mask, which follow those of the masks rendered before it: (K, height, terms).
+        self.row_index = torch.stack([table * self.mask_size + row for table, row, _ in terms], dim=-1)
         self.row_weight = torch.stack([weight for *_, weight in terms], dim=-1)
+        self.first_row = len(weights) * first_column[:, None]
 
     def merge(
         self,
@@ -154,17 +155,15 @@ class MaskMerger:
     def _add_up(self, weights: torch.Tensor, voters: torch.Tensor, region: list[int], out: torch.Tensor) -> None:
         """Render the masks of voters (n,) in a region (x1, y1, x2, y2) and add them up with weights (D, n)."""
         x1, y1, x2, y2 = region
-        index = self.column_index[:, :, x1:x2].index_select(1, voters)
-        weight = self.column_weight[:, :, x1:x2].index_select(1, voters)
-        stretched = _bag(self.columns, index, weight).view(-1, x2 - x1, self.mask_size)  # (tables * n, w, m)
-        table = stretched.transpose(1, 2).reshape(-1, x2 - x1)  # (tables * n * m, w)
-        first_row = self.mask_size * torch.arange(len(index) * len(voters), dtype=torch.int32, device=voters.device)
-        first_row = first_row.view(len(index), -1)[self.term_tables].T[:, None]  # (n, 1, terms)
+        index = self.column_index[:, :, x1:x2].index_select(0, voters)
+        weight = self.column_weight[:, :, x1:x2].index_select(0, voters)
+        stretched = _bag(self.columns, index, weight).view(-1, x2 - x1, self.mask_size)  # (n * tables, w, m)
+        table = stretched.transpose(1, 2).reshape(-1, x2 - x1)  # (n * tables * m, w)
 
         strip = max(1, _MAX_RENDERED_PIXELS // (len(voters) * (x2 - x1)))
         for start in range(y1, y2, strip):
             rows = slice(start, min(start + strip, y2))
-            index = self.row_index[:, rows].index_select(0, voters) + first_row
+            index = self.row_index[:, rows].index_select(0, voters) + self.first_row[: len(voters)]
             rendered = _bag(table, index, self.row_weight[:, rows].index_select(0, voters))  # (n * strip, w)
             pixels = slice((rows.start - y1) * (x2 - x1), (rows.stop - y1) * (x2 - x1))
             torch.mm(weights, rendered.view(len(voters), -1), out=out.view(len(weights), -1)[:, pixels])
