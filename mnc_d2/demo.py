@@ -103,7 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pictures = list_images(args.input, args.output)
         cfg = build_config(args.config_file, args.opts)
-        setup_logger(name="mnc_d2")
+        for name in ("fvcore", "mnc_d2"):  # both say what of the model the checkpoint lacks
+            setup_logger(name=name)
         predictor = MNCPredictor(cfg)
         os.makedirs(args.output, exist_ok=True)
         for path, picture in tqdm(pictures.items()):
