@@ -123,15 +123,15 @@ def _load(name: str, json_file: str, image_root: str) -> list[dict[str, Any]]:
     for record in records:
         for anno in record["annotations"]:
             if "bbox" not in anno:
-                rle = _to_rle(anno["segmentation"], record["height"], record["width"])
+                rle = to_rle(anno["segmentation"], record["height"], record["width"])
                 anno["bbox"] = mask_util.toBbox(rle).tolist()
     return records
 
 
-def _to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """Return polygons or an RLE of either kind as one compressed RLE."""
     if isinstance(segmentation, list):
-        return mask_util.merge(mask_util.frPyObjects(_valid_polygons(segmentation), height, width))
+        return mask_util.merge(mask_util.frPyObjects(valid_polygons(segmentation), height, width))
     if isinstance(segmentation["counts"], list):
         return mask_util.frPyObjects(segmentation, height, width)
     return segmentation
@@ -143,7 +143,7 @@ def _is_complete(anno: dict[str, Any]) -> bool:
     return (
         all(key in anno for key in ("bbox", "area", "iscrowd"))
         and anno["id"] != 0  # COCOeval reads a match with id 0 as no match
-        and (not isinstance(segmentation, list) or len(_valid_polygons(segmentation)) == len(segmentation))
+        and (not isinstance(segmentation, list) or len(valid_polygons(segmentation)) == len(segmentation))
     )
 
 
@@ -292,7 +292,7 @@ def _find_problem(
         problem = None if segmentation else "with neither segmentation nor bbox"
     if problem is None and segmentation:
         problem = _find_mask_problem(segmentation, *images[image_id])
-        if problem is None and "bbox" not in anno and not mask_util.area(_to_rle(segmentation, *images[image_id])):
+        if problem is None and "bbox" not in anno and not mask_util.area(to_rle(segmentation, *images[image_id])):
             problem = "without a bbox, with a segmentation that covers no pixel"
     return problem
 
@@ -314,7 +314,7 @@ def _find_mask_problem(segmentation: Any, height: int, width: int) -> Optional[s
         if any(_finite_numbers(polygon) is None for polygon in segmentation):
             return "with a polygon that is not a list of finite numbers"
         # COCO has polygons of many parts with a degenerate one among them: Detectron2 leaves such parts out.
-        if not _valid_polygons(segmentation):
+        if not valid_polygons(segmentation):
             return "whose polygons all have fewer than three points or an odd number of coordinates"
         return None
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), (list, str)):
@@ -329,7 +329,7 @@ def _find_mask_problem(segmentation: Any, height: int, width: int) -> Optional[s
     return None
 
 
-def _valid_polygons(polygons: list[list[float]]) -> list[list[float]]:
+def valid_polygons(polygons: list[list[float]]) -> list[list[float]]:
     return [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
 
 

@@ -12,6 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from ..data.coco import to_rle, valid_polygons
+
 
 @dataclass(frozen=True)
 class Annotation:
@@ -122,7 +124,7 @@ def _from_json(json_file: str, metadata) -> GroundTruth:
 
 
 def _annotation(anno: dict, name: str, category: int, image: dict) -> Annotation:
-    mask = _to_rle(anno.get("segmentation"), name, image["height"], image["width"])
+    mask = _read_mask(anno.get("segmentation"), name, image["height"], image["width"])
     if "bbox" in anno:
         # Files have no mode: their boxes are x, y, width, height.
         box = BoxMode.convert(list(anno["bbox"]), anno.get("bbox_mode", BoxMode.XYWH_ABS), BoxMode.XYWH_ABS)
@@ -134,19 +136,16 @@ def _annotation(anno: dict, name: str, category: int, image: dict) -> Annotation
     return Annotation(name, category, tuple(float(x) for x in box), mask, difficult, crowd)
 
 
-def _to_rle(segmentation: Any, name: str, height: int, width: int) -> dict[str, Any] | None:
+def _read_mask(segmentation: Any, name: str, height: int, width: int) -> dict[str, Any] | None:
     """Return polygons, or an RLE of either kind, as one compressed RLE; None where there is no segmentation."""
     if not segmentation:
         return None
     if isinstance(segmentation, list):
-        # COCO has polygons of many parts with a degenerate one among them, which Detectron2 leaves out too.
-        polygons = [x for x in segmentation if len(x) >= 6 and len(x) % 2 == 0]
-        return mask_util.merge(mask_util.frPyObjects(polygons, height, width)) if polygons else None
-    if list(segmentation["size"]) != [height, width]:
+        if not valid_polygons(segmentation):
+            return None
+    elif list(segmentation["size"]) != [height, width]:
         raise ValueError(f"{name} has a mask of {segmentation['size']}, its image is {height} x {width}.")
-    if isinstance(segmentation["counts"], list):
-        return mask_util.frPyObjects(segmentation, height, width)
-    return segmentation
+    return to_rle(segmentation, height, width)
 
 
 def _ground_truth(

@@ -264,7 +264,8 @@ def test_next_boxes_are_those_of_the_best_class_of_all_with_the_background(make_
     (result,) = make_heads()._next_boxes(output, [SIZE])
     background = 0
     for i, box in enumerate(output.boxes[0].tensor.tolist()):
-        cls = max(range(3), key=lambda c: output.mask_scores[i, c])  # noqa: B023
+        mask_scores = output.mask_scores[i].tolist()
+        cls = mask_scores.index(max(mask_scores))
         background += cls == 2
         deltas = output.deltas[i, 4 * cls : 4 * cls + 4].tolist()
         decoded = slow_decode(box, [d / w for d, w in zip(deltas, (10, 10, 5, 5))])
