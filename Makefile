@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CONFIG := configs/quickstart/mnc_R_18_FPN.yaml
+CONFIG := configs/quickstart/mnc_shapes.yaml
 INSTALLED := $(VENV)/.installed
 
 .PHONY: install quickstart test lint
@@ -17,7 +17,7 @@ $(INSTALLED): requirements/pinned.txt requirements/detectron2.txt requirements/i
 	touch $@
 
 quickstart: install
-	$(BIN)/python train_net.py --config-file $(CONFIG) OUTPUT_DIR output/quickstart SOLVER.MAX_ITER 800
+	$(BIN)/python train_net.py --config-file $(CONFIG) OUTPUT_DIR output/quickstart
 
 test: install
 	$(BIN)/python -m pytest

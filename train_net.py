@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -76,7 +77,8 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         if not os.path.isfile(args.config_file):
             raise FileNotFoundError(f"The config file {args.config_file} does not exist.")
-        _merge(cfg.merge_from_file, args.config_file, where=args.config_file)
+        # YAML tags that build Python objects would run code.
+        _merge(partial(cfg.merge_from_file, allow_unsafe=False), args.config_file, where=args.config_file)
     _merge(cfg.merge_from_list, args.opts, where="KEY VALUE overrides")
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not args.resume and not weights:

@@ -33,7 +33,8 @@ def add_mnc_config(cfg: CN) -> None:
     # "categories.*": the first row of the paper's ablation.
     mnc.UNSHARED_BACKBONE = "build_resnet_backbone"
 
-    # Where a later stage's loss flows back through an earlier stage's output (the causal gradients of section 3).
+    # Where a later stage's loss flows back through an earlier stage's output (the causal gradients of section 3). The
+    # defaults are what measured best; configs/Base-paper.yaml has the released code's rules.
     # RPN boxes -> first pass:
     mnc.PROPOSAL_GRADIENT = True
     # Boxes that a pass regressed -> next pass:
@@ -41,10 +42,29 @@ def add_mnc_config(cfg: CN) -> None:
     # Masks -> masked features of the classifier: "none", "foreground" (only RoIs whose mask-level label is
     # foreground, as released) or "all":
     mnc.MASK_GRADIENT = "foreground"
-    # Elements of the causal gradient with respect to box deltas are clipped to +-this value; 0 for no clipping.
+    # RoIs whose losses flow back to the coordinates of their box: "none", "foreground" (by box-level label) or "all"
+    # (as released). Background pushes boxes off objects: that makes it easier to classify, and proposals worse.
+    mnc.COORDINATE_GRADIENT = "foreground"
+    # Whether the mask loss, and the classifier's loss through the mask, flow back to coordinates (as released). Masks
+    # are regressed in the frame of their box: nothing in this loss prefers a box that fits the object.
+    mnc.MASK_COORDINATE_GRADIENT = False
+    # Whether the targets of a box's regression and of its mask move with the box in the derivative. Where they are
+    # constants (as released) the derivative of the regression loss mostly points away from the object.
+    mnc.MOVING_TARGETS = True
+    # Whether the gradient of k passes to the features that they share is scaled by 1 / k, as in Cascade R-CNN.
+    mnc.SCALE_FEATURE_GRADIENT = True
+    # Elements of the causal gradient with respect to box deltas are clipped to +-this value, in the loss of one image
+    # (that of a batch is the mean over its images); 0 for no clipping.
     mnc.DELTA_GRADIENT_CLIP = 1.0 / 512
     # Whether boxes clipped at the image border, and boxes from anchors that cross it, get a causal gradient.
     mnc.BORDER_GRADIENT = False
+    # Whether the anchor behind every RoI that the first pass samples joins the RPN's loss, beside the RPN's own sample
+    # (as released): a counterweight to causal gradients that push proposals off objects.
+    mnc.ROI_ANCHOR_LOSS = False
+
+    # Whether ground-truth boxes are appended to the boxes of the second and later passes in training (as released);
+    # MODEL.ROI_HEADS.PROPOSAL_APPEND_GT is for the first.
+    mnc.APPEND_GT_TO_LATER_PASSES = False
 
     # Sampling positions of the RoI warp: "center" (Detectron2's pixel convention) or "caffe" (the released layer).
     mnc.ROI_WARP_SAMPLING = "center"
@@ -52,6 +72,8 @@ def add_mnc_config(cfg: CN) -> None:
     # Background RoIs of the first pass: IoU bands [low, high) and the fraction of the background drawn from each.
     mnc.BACKGROUND_IOU_BANDS = [[0.1, 0.5], [0.0, 0.1]]
     mnc.BACKGROUND_FRACTIONS = [0.85, 0.15]
+    # Whether other bands make up for one that has too few RoIs (not in the released code).
+    mnc.REFILL_BACKGROUND = True
 
     # Side m of the regressed m x m masks.
     mnc.MASK_SIZE = 28
@@ -72,6 +94,10 @@ def add_mnc_config(cfg: CN) -> None:
 
     # Mask voting: boxes with at least this IoU to a surviving box contribute their mask.
     mnc.VOTING_IOU_THRESHOLD = 0.5
+
+    # The box of a detection: "tight", around its averaged mask (the paper), or "regressed", the average of the boxes
+    # that its voters regress for its class, with the weights of their masks.
+    mnc.DETECTION_BOX = "regressed"
 
     # Folder of precomputed mask proposals for convolutional feature masking, see datasets/README.md; "" for none.
     # DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN and _TEST limit their number.

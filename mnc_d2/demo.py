@@ -20,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 from tqdm import tqdm
+from yaml import YAMLError
 
 from .config import add_mnc_config
 from .engine import check_device
@@ -67,11 +68,16 @@ def build_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
 
     Raises:
         FileNotFoundError: there is no such config, or MODEL.WEIGHTS do not exist.
-        ValueError: an override is wrong, there are no MODEL.WEIGHTS, or the machine has no MODEL.DEVICE.
+        ValueError: the file or an override is wrong, there are no MODEL.WEIGHTS, or the machine has no MODEL.DEVICE.
     """
     cfg = get_cfg()
     add_mnc_config(cfg)
-    cfg.merge_from_file(config_file if os.path.isfile(config_file) else get_config_file(config_file))
+    file = config_file if os.path.isfile(config_file) else get_config_file(config_file)
+    try:
+        # YAML tags that build Python objects would run code.
+        cfg.merge_from_file(file, allow_unsafe=False)
+    except (AssertionError, KeyError, YAMLError) as error:
+        raise ValueError(f"{file}: {error}") from error
     try:
         cfg.merge_from_list(list(overrides))
     except (AssertionError, KeyError) as error:

@@ -26,6 +26,7 @@ from .checkpoint import MNCCheckpointer
 from .data import MNCDatasetMapper
 from .evaluation import build_evaluator
 from .layers import HALF_PRECISIONS
+from .modeling import CausalGradients
 
 
 class MNCTrainer(DefaultTrainer):
@@ -194,16 +195,17 @@ class ScaleGradientClip(HookBase):
         """
         Args:
             grad_scaler: enabled or not.
-            model: its modules that have a ``delta_gradient_clip`` are concerned.
+            model: its modules whose ``gradients`` are :class:`~mnc_d2.modeling.CausalGradients` are concerned.
         """
         self._grad_scaler = grad_scaler
-        self._limits = [(x, x.delta_gradient_clip) for x in model.modules() if hasattr(x, "delta_gradient_clip")]
+        gradients = (getattr(x, "gradients", None) for x in model.modules())
+        self._limits = [(x, x.delta_gradient_clip) for x in gradients if isinstance(x, CausalGradients)]
 
     def before_step(self) -> None:
         if self._grad_scaler.is_enabled():
             scale = self._grad_scaler.get_scale()
-            for module, limit in self._limits:
-                module.delta_gradient_clip = limit * scale
+            for gradients, limit in self._limits:
+                gradients.delta_gradient_clip = limit * scale
 
 
 def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:

@@ -16,10 +16,9 @@ from mnc_d2.modeling import MNCROIHeads
 KEYS = {
     "NUM_PASSES_TRAIN": ("num_passes_train", 3),
     "NUM_PASSES_TEST": ("num_passes_test", 1),
-    "BOX_GRADIENT": ("box_gradient", False),
-    "MASK_GRADIENT": ("mask_gradient", "all"),
-    "DELTA_GRADIENT_CLIP": ("delta_gradient_clip", 0.25),
-    "BORDER_GRADIENT": ("border_gradient", True),
+    "APPEND_GT_TO_LATER_PASSES": ("append_gt_to_later_passes", True),
+    "REFILL_BACKGROUND": ("refill_background", False),
+    "DETECTION_BOX": ("detection_box", "tight"),
     "BACKGROUND_IOU_BANDS": ("background_bands", [[0.0, 0.5]]),
     "BACKGROUND_FRACTIONS": ("background_fractions", [1.0]),
     "MASK_TARGET_THRESHOLD": ("mask_target_threshold", 0.4),
@@ -28,6 +27,20 @@ KEYS = {
     "MASK_LOSS_WEIGHT": ("mask_loss_weight", 2.0),
     "NEXT_BOX_BACKGROUND": ("next_box_background", False),
     "VOTING_IOU_THRESHOLD": ("voting_iou_threshold", 0.7),
+}
+
+
+# Those of the causal gradients.
+GRADIENT_KEYS = {
+    "PROPOSAL_GRADIENT": False,
+    "BOX_GRADIENT": False,
+    "MASK_GRADIENT": "all",
+    "COORDINATE_GRADIENT": "none",
+    "MASK_COORDINATE_GRADIENT": True,
+    "MOVING_TARGETS": False,
+    "SCALE_FEATURE_GRADIENT": False,
+    "DELTA_GRADIENT_CLIP": 0.25,
+    "BORDER_GRADIENT": True,
 }
 
 
@@ -69,6 +82,13 @@ def test_every_switch_reaches_the_cascade(cfg, key, argument, value):
     assert getattr(build(cfg), argument) == cfg.MODEL.MNC[key] != value
     cfg.MODEL.MNC[key] = value
     assert getattr(build(cfg), argument) == value
+
+
+@pytest.mark.parametrize(("key", "value"), GRADIENT_KEYS.items(), ids=GRADIENT_KEYS.keys())
+def test_every_switch_of_the_causal_gradients_reaches_the_cascade(cfg, key, value):
+    assert getattr(build(cfg).gradients, key.lower()) == cfg.MODEL.MNC[key] != value
+    cfg.MODEL.MNC[key] = value
+    assert getattr(build(cfg).gradients, key.lower()) == value
 
 
 def test_sizes_reach_the_heads(cfg):

@@ -96,6 +96,14 @@ def test_a_config_of_this_project_is_found_by_name(model_files):
     assert cfg.MODEL.META_ARCHITECTURE != get_cfg().MODEL.META_ARCHITECTURE
 
 
+def test_no_code_of_a_config_is_run(tmp_path):
+    path, mark = tmp_path / "config.yaml", tmp_path / "mark"
+    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{mark}']\n")
+    with pytest.raises(ValueError, match="(?s)config.yaml: .*python/object/apply:os.mkdir"):
+        demo.build_config(str(path), [])
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -21,6 +21,7 @@ from mnc_d2.engine import (
     started_by_torchrun,
 )
 from mnc_d2.layers import clip_gradient
+from mnc_d2.modeling import CausalGradients
 
 
 class Toy(nn.Module):
@@ -29,10 +30,10 @@ class Toy(nn.Module):
     def __init__(self, limit=0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(2.0))
-        self.delta_gradient_clip = limit
+        self.gradients = CausalGradients(delta_gradient_clip=limit)
 
     def forward(self, x):
-        return {"plain": self.weight * x, "clipped": clip_gradient(self.weight, self.delta_gradient_clip) * x}
+        return {"plain": self.weight * x, "clipped": clip_gradient(self.weight, self.gradients.delta_gradient_clip) * x}
 
 
 def toy_trainer(batches, limit=0.0, **kwargs):
@@ -91,7 +92,7 @@ def test_float16_scales_losses_and_limits_and_unscales_gradients():
     hook = ScaleGradientClip(trainer.grad_scaler, trainer.model)
     for _ in range(2):  # the limit that is scaled is that of the beginning, each time
         hook.before_step()
-    assert trainer.model.delta_gradient_clip == trainer.grad_scaler.get_scale() > 1
+    assert trainer.model.gradients.delta_gradient_clip == trainer.grad_scaler.get_scale() > 1
     run_steps(trainer)
     assert trainer.model.weight.grad.item() == (8 + 0.5 + 1 + 0.5) / 2
     assert trainer.model.weight.item() == 2 - 0.5 * 5
@@ -100,7 +101,7 @@ def test_float16_scales_losses_and_limits_and_unscales_gradients():
 def test_without_a_loss_scale_the_limits_stay():
     trainer = toy_trainer([1.0], limit=0.25, precision=torch.bfloat16)
     ScaleGradientClip(trainer.grad_scaler, trainer.model).before_step()
-    assert trainer.model.delta_gradient_clip == 0.25
+    assert trainer.model.gradients.delta_gradient_clip == 0.25
 
 
 def test_the_loss_scale_is_resumed():
@@ -159,7 +160,8 @@ def test_a_step_in_mixed_precision(trainer, precision, dtype):
     assert all(x.isfinite() for x in losses.values())
     assert [name for name, x in model.named_parameters() if x.equal(before[name])] == []
     scale = trainer._trainer.grad_scaler.get_scale()
-    assert model.roi_heads.delta_gradient_clip == model.proposal_generator.delta_gradient_clip == scale / 512
+    for module in (model.roi_heads, model.proposal_generator):
+        assert module.gradients.delta_gradient_clip == scale / 512
     assert (scale > 1) == (dtype == torch.float16)
 
 

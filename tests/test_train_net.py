@@ -302,6 +302,18 @@ def test_wrong_config_file_is_named_with_the_key(configure, tmp_path, text, mess
     assert "config.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize("where", ["config.yaml", "base.yaml"])
+def test_no_code_of_a_config_file_or_its_base_is_run(configure, tmp_path, where):
+    mark = tmp_path / "mark"
+    (tmp_path / "base.yaml").write_text("VERSION: 2\n")
+    (tmp_path / "config.yaml").write_text("_BASE_: base.yaml\n")
+    with open(tmp_path / where, "a") as file:
+        file.write(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{mark}']\n")
+    with pytest.raises(ValueError, match="python/object/apply:os.mkdir"):
+        configure("--config-file", tmp_path / "config.yaml")
+    assert not mark.exists()
+
+
 def test_missing_config_file_is_named(configure, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist"):
         configure("--config-file", tmp_path / "none.yaml")

@@ -1,4 +1,4 @@
-from .gradient import clip_gradient, inside_image, pass_gradient
+from .gradient import clip_gradient, inside_image, pass_gradient, scale_gradient
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
 from .roi_warp import RoIWarp, roi_warp, roi_warp_pyramid
 
@@ -12,4 +12,5 @@ __all__ = [
     "pass_gradient",
     "roi_warp",
     "roi_warp_pyramid",
+    "scale_gradient",
 ]

@@ -19,6 +19,15 @@ def clip_gradient(x: torch.Tensor, limit: float) -> torch.Tensor:
     return view
 
 
+def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return a view of ``x`` whose gradient is multiplied by a factor, that of other uses of ``x`` is not."""
+    if not x.requires_grad:
+        return x
+    view = x.view_as(x)
+    view.register_hook(lambda gradient: gradient * factor)
+    return view
+
+
 def pass_gradient(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """Return the values of ``x``, passing gradient only to the elements where the mask is true.
 

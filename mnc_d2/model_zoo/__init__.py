@@ -33,5 +33,5 @@ def get_config(name: str) -> CfgNode:
     """Return a config by name, as :func:`get_config_file` finds it, with MNC's keys added and not frozen."""
     cfg = get_cfg()
     add_mnc_config(cfg)
-    cfg.merge_from_file(get_config_file(name))
+    cfg.merge_from_file(get_config_file(name), allow_unsafe=False)
     return cfg

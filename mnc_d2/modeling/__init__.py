@@ -1,5 +1,6 @@
 from .backbone import VGG16, TimmBackbone, UnsharedBackbones
 from .caffe import CaffeMultitaskNetworkCascade
+from .causal_gradients import CausalGradients
 from .mask_voting import vote_masks
 from .meta_arch import MultitaskNetworkCascade
 from .poolers import RoIWarpPooler
@@ -9,6 +10,7 @@ from .roi_heads import CFMROIHeads, MaskRegressionHead, MNCOutputLayers, MNCROIH
 __all__ = [
     "CFMROIHeads",
     "CaffeMultitaskNetworkCascade",
+    "CausalGradients",
     "CausalRPN",
     "MNCOutputLayers",
     "MNCROIHeads",

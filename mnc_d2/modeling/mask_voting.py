@@ -22,12 +22,14 @@ def vote_masks(
     mask_threshold: float = 0.4,
     max_detections: int = 100,
     sampling: str = "center",
+    class_boxes: torch.Tensor | None = None,
 ) -> Instances:
     """Reduce the candidates of one image to detections.
 
     Boxes that survive a class-wise NMS are the detections. The mask of each is the average of the masks of all
     candidates that overlap it, weighted by their score for its class and rendered in the image. The box of a detection
-    is the tight box of the resulting mask. Candidates that are not finite, or whose area is not, are left out.
+    is the tight box of the resulting mask or, with ``class_boxes``, the average of these with the same weights.
+    Candidates that are not finite, or whose area is not, are left out.
 
     Args:
         boxes: (K, 4), in image pixels; they may reach out of the image.
@@ -45,11 +47,13 @@ def vote_masks(
             inclusive, pixels and texels are sampled at their top-left corners, the last row and column of texels
             without interpolation, a pixel must be above ``mask_threshold``, and a detection without any pixel becomes
             the pixel in the middle of the image.
+        class_boxes: (K, 4 C), each candidate regressed for each class, in image pixels.
 
     Returns:
         Instances with ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks`` (D, 1, m, m), float32, the
-        averaged probabilities in the frame of ``pred_boxes``, highest score first; ``candidates`` (D,), int64, the
-        index of the candidate that survived, and ``num_voters`` (D,), int64.
+        averaged probabilities in the frame of the tight box, highest score first; ``candidates`` (D,), int64, the
+        index of the candidate that survived, and ``num_voters`` (D,), int64. With ``class_boxes`` the tight boxes are
+        ``mask_boxes``, else they are ``pred_boxes``.
     """
     if sampling not in ("center", "caffe"):
         raise ValueError(f'sampling must be "center" or "caffe", got {sampling!r}')
@@ -67,7 +71,8 @@ def vote_masks(
             voting_iou_threshold,
             mask_threshold,
             max_detections,
-            caffe=sampling == "caffe",
+            sampling == "caffe",
+            class_boxes,
         )
 
 
@@ -82,6 +87,7 @@ def _vote_masks(
     mask_threshold: float,
     max_detections: int,
     caffe: bool,
+    class_boxes: torch.Tensor | None,
 ) -> Instances:
     areas = (boxes[:, 2:] - boxes[:, :2]).float().prod(dim=1)
     finite = (
@@ -90,6 +96,8 @@ def _vote_masks(
         & scores.isfinite().all(dim=1)
         & masks.isfinite().all(dim=2).all(dim=1)
     )
+    if class_boxes is not None:
+        finite &= class_boxes.isfinite().all(dim=1)
     given = finite.nonzero().squeeze(1)
     boxes, scores, masks = (x[given].float() for x in (boxes, scores, masks))
     # Areas of boxes with inclusive corners are those of boxes that end one pixel further.
@@ -102,6 +110,9 @@ def _vote_masks(
     group_of = _group(extents.tensor[survivor], scores[survivor, cls], ious[:, survivor], voting_iou_threshold)
     weights = scores[:, cls].T * votes
     weights = weights / weights.sum(dim=1, keepdim=True)
+    regressed = None
+    if class_boxes is not None:
+        regressed = _average_boxes(weights, class_boxes[given].float(), cls, image_size)
 
     voters = votes.any(dim=0).nonzero().squeeze(1)
     merger = MaskMerger(boxes[voters], masks[voters], image_size, caffe)
@@ -118,13 +129,34 @@ def _vote_masks(
         soft_masks[empty] = sample_masks(merged, tight[empty], size, image_size, caffe)
 
     result = Instances(image_size)
-    result.pred_boxes = Boxes(tight - tight.new_tensor([0, 0, 1, 1]) if caffe else tight)
+    tight = Boxes(tight - tight.new_tensor([0, 0, 1, 1]) if caffe else tight)
+    if regressed is None:
+        result.pred_boxes = tight
+    else:
+        result.pred_boxes, result.mask_boxes = Boxes(regressed), tight
     result.scores = scores[survivor, cls]
     result.pred_classes = cls
     result.pred_masks = soft_masks[:, None]
     result.candidates = given[survivor]
     result.num_voters = votes.sum(dim=1)
     return result
+
+
+def _average_boxes(
+    weights: torch.Tensor, class_boxes: torch.Tensor, classes: torch.Tensor, image_size: tuple[int, int]
+) -> torch.Tensor:
+    """Averages (D, 4) of the boxes that candidates (K, 4 C) have for the class of each of D detections, clipped.
+
+    Args:
+        weights: (D, K), of each candidate in each average.
+        class_boxes: (K, 4 C).
+        classes: (D,), int64.
+        image_size: (height, width).
+    """
+    height, width = image_size
+    class_boxes = class_boxes.unflatten(1, (class_boxes.shape[1] // 4, 4)).transpose(0, 1)  # (C, K, 4)
+    averages = torch.bmm(weights[:, None], class_boxes[classes])[:, 0]
+    return averages.clamp(min=0).minimum(averages.new_tensor([width, height, width, height]))
 
 
 def _boxes_without_pixels(boxes: torch.Tensor, image_size: tuple[int, int], caffe: bool) -> torch.Tensor:

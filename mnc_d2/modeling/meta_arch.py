@@ -149,10 +149,22 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         """Bring a result to the size of the image that ``inputs`` asks for."""
         height = inputs.get("height", result.image_size[0])
         width = inputs.get("width", result.image_size[1])
+        image_size = result.image_size
         # A copy: Detectron2 scales the boxes in place, which the results of several outputs may share.
         result = Instances(result.image_size, **result.get_fields())
         result.pred_boxes = result.pred_boxes.clone()
-        return detector_postprocess(result, height, width, self.mask_threshold)
+        if not result.has("mask_boxes"):
+            return detector_postprocess(result, height, width, self.mask_threshold)
+        # Detectron2 pastes masks into `pred_boxes`; these are in boxes of their own.
+        result.reported_boxes, result.pred_boxes = result.pred_boxes, result.mask_boxes.clone()
+        result.remove("mask_boxes")
+        result = detector_postprocess(result, height, width, self.mask_threshold)
+        boxes = result.reported_boxes
+        boxes.scale(width / image_size[1], height / image_size[0])
+        boxes.clip(result.image_size)
+        result.pred_boxes = boxes
+        result.remove("reported_boxes")
+        return result
 
     @torch.no_grad()
     def visualize_training(self, batched_inputs: list[dict], proposals: list[Instances]) -> None:

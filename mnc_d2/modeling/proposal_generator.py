@@ -1,12 +1,16 @@
 """Stage 1: a region proposal network whose boxes pass gradients."""
 
+from __future__ import annotations
+
 import torch
 from detectron2.config import configurable
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.structures import Boxes, Instances
 
-from ..layers import at_least_float32, clip_gradient, inside_image, pass_gradient
+from ..layers import at_least_float32
+from .causal_gradients import CausalGradients
+from .roi_anchors import attach_anchors
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -21,32 +25,28 @@ class CausalRPN(RPN):
     def __init__(
         self,
         *,
-        proposal_gradient: bool = True,
-        delta_gradient_clip: float = 1.0 / 512,
-        border_gradient: bool = False,
+        gradients: CausalGradients | None = None,
+        roi_anchor_loss: bool = False,
         **kwargs,
     ) -> None:
         """
         Args:
-            proposal_gradient: whether proposals pass gradients; if not, this is Detectron2's RPN.
-            delta_gradient_clip: limit of each element of the gradient that the later stages send to the deltas; 0 for
-                none. The RPN's own losses are not concerned.
-            border_gradient: whether proposals that the image border clips, and those of anchors that cross it, pass
-                gradients.
+            gradients: whether and how proposals pass gradients; the defaults of :class:`CausalGradients` by default.
+                Without ``proposal_gradient`` this is Detectron2's RPN.
+            roi_anchor_loss: whether proposals carry their anchors, for
+                :class:`~mnc_d2.modeling.roi_anchors.RoIAnchorLoss`.
             kwargs: those of Detectron2's ``RPN``.
         """
         super().__init__(**kwargs)
-        self.proposal_gradient = proposal_gradient
-        self.delta_gradient_clip = delta_gradient_clip
-        self.border_gradient = border_gradient
+        self.gradients = gradients or CausalGradients()
+        self.roi_anchor_loss = roi_anchor_loss
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         return {
             **super().from_config(cfg, input_shape),
-            "proposal_gradient": cfg.MODEL.MNC.PROPOSAL_GRADIENT,
-            "delta_gradient_clip": cfg.MODEL.MNC.DELTA_GRADIENT_CLIP,
-            "border_gradient": cfg.MODEL.MNC.BORDER_GRADIENT,
+            "gradients": CausalGradients.from_config(cfg),
+            "roi_anchor_loss": cfg.MODEL.MNC.ROI_ANCHOR_LOSS,
         }
 
     def predict_proposals(
@@ -64,25 +64,24 @@ class CausalRPN(RPN):
             image_sizes: (height, width) of each image.
 
         Returns:
-            one Instances per image with ``proposal_boxes`` and ``objectness_logits``, highest first.
+            one Instances per image with ``proposal_boxes`` and ``objectness_logits``, highest first, and in training
+            what :func:`~mnc_d2.modeling.roi_anchors.attach_anchors` adds if ``roi_anchor_loss``.
         """
         # Scores are compared in float32, whatever autocast made of them.
         pred_objectness_logits = [at_least_float32(x) for x in pred_objectness_logits]
-        if not (self.training and self.proposal_gradient):
+        attached = self.gradients.proposal_gradient
+        if not self.training or not (attached or self.roi_anchor_loss):
             return super().predict_proposals(anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
 
-        deltas = [clip_gradient(x, self.delta_gradient_clip) for x in pred_anchor_deltas]
-        proposals = self._decode_proposals(anchors, deltas)
-        if not self.border_gradient:
-            proposals = [
-                pass_gradient(
-                    boxes,
-                    torch.stack([inside_image(x, s) & inside_image(a.tensor, s) for x, s in zip(boxes, image_sizes)]),
-                )
-                for boxes, a in zip(proposals, anchors)
-            ]
+        count = len(image_sizes)
+        deltas = [self.gradients.of_deltas(x, count) if attached else x.detach() for x in pred_anchor_deltas]
+        decoded = self._decode_proposals(anchors, deltas)
+        proposals = [
+            torch.stack([self.gradients.at_border(x, size, a.tensor) for x, size in zip(boxes, image_sizes)])
+            for boxes, a in zip(decoded, anchors)
+        ]
         # Unlike Detectron2's RPN, not under no_grad: it gathers and clips the boxes differentiably.
-        return find_top_rpn_proposals(
+        selected = find_top_rpn_proposals(
             proposals,
             [x.detach() for x in pred_objectness_logits],
             image_sizes,
@@ -92,3 +91,10 @@ class CausalRPN(RPN):
             self.min_box_size,
             True,
         )
+        if self.roi_anchor_loss:
+            attach_anchors(
+                selected,
+                torch.cat([x.tensor for x in anchors]),
+                *(torch.cat(x, dim=1) for x in (decoded, pred_objectness_logits, pred_anchor_deltas)),
+            )
+        return selected

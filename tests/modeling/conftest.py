@@ -9,7 +9,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from mnc_d2.modeling import MaskRegressionHead, MNCOutputLayers, MNCROIHeads, RoIWarpPooler
+from mnc_d2.modeling import CausalGradients, MaskRegressionHead, MNCOutputLayers, MNCROIHeads, RoIWarpPooler
 
 CHANNELS = 4
 
@@ -27,6 +27,15 @@ def make_roi_heads():
 
     def make(num_classes=2, seed=0, roi_heads=MNCROIHeads, **overrides):
         torch.manual_seed(seed)
+        # Every path is open: a test that is about one of these closes it.
+        gradients = {
+            "coordinate_gradient": "all",
+            "mask_coordinate_gradient": True,
+            "moving_targets": False,
+            "scale_feature_gradient": False,
+        }
+        for name in CausalGradients.__dataclass_fields__.keys() & overrides.keys():
+            gradients[name] = overrides.pop(name)
         classifier_shape = ShapeSpec(channels=CHANNELS, height=2, width=2)
         arguments = {
             "num_classes": num_classes,
@@ -47,6 +56,9 @@ def make_roi_heads():
                 num_classes=num_classes,
             ),
             "classifier_resolution": 2,
+            "gradients": CausalGradients(**gradients),
+            "append_gt_to_later_passes": True,
+            "detection_box": "tight",
             **overrides,
         }
         heads = roi_heads(**arguments)

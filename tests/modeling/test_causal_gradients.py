@@ -60,6 +60,65 @@ def test_mask_loss_reaches_the_boxes_of_foreground_only(make_roi_heads, make_map
     assert reached.tolist() == [True, True, True, True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [("none", [False] * 6), ("foreground", [True] * 4 + [False] * 2), ("all", [True] * 6)],
+)
+def test_coordinate_gradient_says_which_boxes_losses_reach(
+    make_roi_heads, make_map, make_proposals, make_target, setting, expected
+):
+    heads = make_roi_heads(coordinate_gradient=setting)
+    losses, leaf, _ = run(heads, make_map, make_proposals, make_target)
+    assert (gradient(losses["loss_cls_s3"], leaf) != 0).any(dim=1).tolist() == expected
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_the_mask_head_passes_coordinate_gradients_if_switched_on(
+    make_roi_heads, make_map, make_proposals, make_target, switch
+):
+    heads = make_roi_heads(mask_coordinate_gradient=switch, moving_targets=True, mask_gradient="all")
+    losses, leaf, _ = run(heads, make_map, make_proposals, make_target)
+    assert bool(gradient(losses["loss_mask_s2"], leaf).any()) == switch
+    # The classifier's gradient through the features under the mask is not concerned, that through the mask is.
+    assert gradient(losses["loss_cls_s3"], leaf).any()
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_box_regression_reaches_its_boxes_through_targets_that_move(
+    make_roi_heads, make_map, make_proposals, make_target, switch
+):
+    heads = make_roi_heads(moving_targets=switch)
+    torch.nn.init.zeros_(heads.predictor.bbox_pred.weight)  # what features say of the deltas does not depend on boxes
+    losses, leaf, _ = run(heads, make_map, make_proposals, make_target)
+    assert bool(gradient(losses["loss_box_reg_s3"], leaf).any()) == switch
+
+
+def test_features_get_one_kth_of_the_gradient_of_k_passes_if_switched_on(
+    make_roi_heads, make_map, make_proposals, make_target
+):
+    gradients = []
+    for switch in (False, True):
+        features = {name: x.requires_grad_() for name, x in make_map().items()}
+        heads = make_roi_heads(scale_feature_gradient=switch, box_gradient=False)
+        losses, leaf, _ = run(heads, lambda features=features: features, make_proposals, make_target)
+        loss = sum(losses.values())
+        gradients.append((gradient(loss, features["map"]), gradient(loss, leaf)))
+    (full, of_boxes), (scaled, of_scaled_boxes) = gradients
+    torch.testing.assert_close(scaled, full / 2)
+    assert torch.equal(of_boxes, of_scaled_boxes)
+
+
+@pytest.mark.parametrize("append", [True, False])
+def test_ground_truth_is_appended_in_the_second_pass_if_switched_on(
+    make_roi_heads, make_map, make_proposals, make_target, append, storage
+):
+    heads = make_roi_heads(append_gt_to_later_passes=append, proposal_append_gt=False)
+    calls = []
+    heads.pooler.register_forward_pre_hook(lambda module, args: calls.append(len(args[1][0])))
+    run(heads, make_map, make_proposals, make_target)
+    assert calls == [len(BOXES), len(BOXES) + 2 * append]
+
+
 @pytest.mark.parametrize("switch", [True, False])
 @pytest.mark.parametrize("name", ["loss_mask_s4", "loss_cls_s5", "loss_seg_cls_s5", "loss_box_reg_s5"])
 def test_second_pass_reaches_the_proposals_through_its_boxes_if_switched_on(

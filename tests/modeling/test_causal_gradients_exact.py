@@ -1,8 +1,8 @@
 """The gradient of the later stages' losses to box deltas, against central differences of the whole model in float64.
 
 Detectron2 rounds boxes to float32. That is lifted here, and here only: what is checked is the derivative, for which
-differences of float32 would be far too coarse. Labels, targets and the choice of RoIs are constants of the derivative:
-they are recorded at the point where it is taken and kept for the differences.
+differences of float32 would be far too coarse. Labels and the choice of RoIs are constants of the derivative, and so
+are targets if they do not move: these are recorded at the point where it is taken and kept for the differences.
 """
 
 import math
@@ -41,11 +41,11 @@ class Constants:
 
 
 class BoxTransform:
-    """Detectron2's ``Box2BoxTransform`` without the rounding to float32, and with targets that are kept."""
+    """Detectron2's ``Box2BoxTransform`` without the rounding to float32, and with targets that are kept or move."""
 
-    def __init__(self, weights, constants):
+    def __init__(self, weights, constants, moving_targets):
         self.weights = torch.tensor(weights, dtype=torch.float64)
-        self.get_deltas = constants.keep(self._get_deltas)
+        self.get_deltas = self._get_deltas if moving_targets else constants.keep(self._get_deltas)
 
     def _get_deltas(self, boxes, targets):
         (size, centre), (target_size, target_centre) = self._to_centre(boxes), self._to_centre(targets)
@@ -112,7 +112,8 @@ class Experiment:
         self.model = build_model(cfg).double()
         heads, rpn = self.model.roi_heads, self.model.proposal_generator
         for parent, weights in ((rpn, (1.0, 1.0, 1.0, 1.0)), (heads.predictor, (10.0, 10.0, 5.0, 5.0))):
-            parent.box2box_transform = BoxTransform(weights, self.constants)
+            moving = cfg.MODEL.MNC.MOVING_TARGETS and parent is heads.predictor
+            parent.box2box_transform = BoxTransform(weights, self.constants, moving)
         for layer, std in ((heads.predictor.bbox_pred, 0.05), (heads.predictor.seg_cls_score, 0.3)):
             nn.init.normal_(layer.weight, std=std)
         self.rpn_head = rpn.rpn_head = Shifted(rpn.rpn_head, position=1)
@@ -143,6 +144,10 @@ def make_experiment(small_config, monkeypatch):
                 "MODEL.MNC.DELTA_GRADIENT_CLIP": 0.0,
                 "MODEL.MNC.BORDER_GRADIENT": True,
                 "MODEL.MNC.MASK_GRADIENT": "all",
+                "MODEL.MNC.COORDINATE_GRADIENT": "all",
+                "MODEL.MNC.MASK_COORDINATE_GRADIENT": True,
+                "MODEL.MNC.SCALE_FEATURE_GRADIENT": False,
+                "MODEL.MNC.APPEND_GT_TO_LATER_PASSES": True,
                 "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": 2,
                 "MODEL.FPN.OUT_CHANNELS": 8,
                 "MODEL.RPN.POST_NMS_TOPK_TRAIN": 1000,
@@ -182,9 +187,10 @@ def assert_gradient_is_central_difference(loss_of, offset, entries):
         assert abs(difference - expected) < 1e-6 * max(1, abs(expected)), f"entry {i}: {difference} != {expected}"
 
 
+@pytest.mark.parametrize("moving_targets", [False, True], ids=["constant targets", "moving targets"])
 @pytest.mark.parametrize("names", ["loss_mask", "loss_cls loss_seg_cls loss_box_reg", ""], ids=["L2", "L3", "L2 + L3"])
-def test_gradient_to_the_rpn_deltas(make_experiment, names):
-    experiment = make_experiment()
+def test_gradient_to_the_rpn_deltas(make_experiment, names, moving_targets):
+    experiment = make_experiment(**{"MODEL.MNC.MOVING_TARGETS": moving_targets})
     shapes, _ = shapes_of_deltas(experiment)
     sizes = [shape.numel() for shape in shapes]
 
@@ -197,15 +203,16 @@ def test_gradient_to_the_rpn_deltas(make_experiment, names):
     assert_gradient_is_central_difference(loss_of, offset, entries=12)
 
 
-def test_gradient_to_the_deltas_of_the_first_pass(make_experiment):
-    experiment = make_experiment()
+@pytest.mark.parametrize("moving_targets", [False, True], ids=["constant targets", "moving targets"])
+def test_gradient_to_the_deltas_of_the_first_pass(make_experiment, moving_targets):
+    experiment = make_experiment(**{"MODEL.MNC.MOVING_TARGETS": moving_targets})
     _, shape = shapes_of_deltas(experiment)
     offset = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     assert_gradient_is_central_difference(lambda x: sum(experiment.losses(pass_offset=x).values()), offset, entries=12)
 
 
 def test_gradient_to_the_rpn_deltas_is_zero_with_the_switch_off(make_experiment):
-    experiment = make_experiment(**{"MODEL.MNC.PROPOSAL_GRADIENT": False})
+    experiment = make_experiment(**{"MODEL.MNC.PROPOSAL_GRADIENT": False, "MODEL.MNC.MOVING_TARGETS": True})
     shapes, _ = shapes_of_deltas(experiment)
     offset = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     gradients = torch.autograd.grad(sum(experiment.losses(rpn_offset=offset).values()), offset, allow_unused=True)
@@ -213,7 +220,7 @@ def test_gradient_to_the_rpn_deltas_is_zero_with_the_switch_off(make_experiment)
 
 
 def test_gradient_of_the_second_pass_to_the_deltas_of_the_first_is_zero_with_the_switch_off(make_experiment):
-    experiment = make_experiment(**{"MODEL.MNC.BOX_GRADIENT": False})
+    experiment = make_experiment(**{"MODEL.MNC.BOX_GRADIENT": False, "MODEL.MNC.MOVING_TARGETS": True})
     _, shape = shapes_of_deltas(experiment)
     offset = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     losses = experiment.losses(pass_offset=offset)

@@ -46,17 +46,22 @@ def both_images(boxes=BOXES):
     return [make_proposals(boxes[p], GT_BOXES[p], GT_CLASSES[p], GT_MASK_CLASSES[p]) for p in parts]
 
 
+def slow_mean(terms):
+    """The mean over the two images of the mean over the RoIs of each."""
+    return (terms[0] + sum(terms[1:]) / 3) / 2
+
+
 def slow_cross_entropy(logits, labels):
-    terms = [
-        math.log(sum(math.exp(v) for v in row)) - row[label] for row, label in zip(logits.detach().tolist(), labels)
-    ]
-    return sum(terms) / len(terms)
+    return slow_mean(
+        [math.log(sum(math.exp(v) for v in row)) - row[label] for row, label in zip(logits.detach().tolist(), labels)]
+    )
 
 
 def slow_box_loss(deltas):
-    """Smooth L1, beta 1, over the deltas of the labelled class of foreground RoIs, divided by all RoIs."""
-    total = 0.0
-    for box, gt, label, row in zip(BOXES.tolist(), GT_BOXES.tolist(), GT_CLASSES, deltas.detach().tolist()):
+    """Smooth L1, beta 1, over the deltas of the labelled class; 0 for background."""
+    terms = [0.0] * len(BOXES)
+    rows = zip(BOXES.tolist(), GT_BOXES.tolist(), GT_CLASSES, deltas.detach().tolist())
+    for i, (box, gt, label, row) in enumerate(rows):
         if label == CLASSES:
             continue
         w, h, gw, gh = box[2] - box[0], box[3] - box[1], gt[2] - gt[0], gt[3] - gt[1]
@@ -68,8 +73,8 @@ def slow_box_loss(deltas):
         ]
         for predicted, wanted in zip(row[4 * label : 4 * label + 4], target):
             d = abs(predicted - wanted)
-            total += 0.5 * d * d if d < 1 else d - 0.5
-    return total / len(BOXES)
+            terms[i] += 0.5 * d * d if d < 1 else d - 0.5
+    return slow_mean(terms)
 
 
 def test_losses_follow_the_slow_reference():
@@ -84,6 +89,44 @@ def test_losses_follow_the_slow_reference():
         },
         rel=1e-5,
     )
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_those_of_its_images():
+    predictions = make_predictions()
+    together = make_layers().losses(predictions, both_images())
+    alone = [
+        make_layers().losses(tuple(x[part] for x in predictions), [image])
+        for part, image in zip((slice(0, 1), slice(1, 4)), both_images())
+    ]
+    for name, loss in together.items():
+        assert loss.item() == pytest.approx((alone[0][name] + alone[1][name]).item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["giou", "diou", "ciou"])
+def test_other_box_losses_are_those_of_detectron2_for_one_image(loss_type):
+    layers, predictions = make_layers(box_reg_loss_type=loss_type), make_predictions()
+    image = make_proposals(BOXES, GT_BOXES, GT_CLASSES, GT_MASK_CLASSES)
+    deltas = predictions[2][:, : 4 * CLASSES]
+    expected = layers.box_reg_loss(BOXES, GT_BOXES, deltas, torch.tensor(GT_CLASSES))
+    assert layers.losses(predictions, [image])["loss_box_reg"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_targets_move_with_boxes_exactly_if_asked_for():
+    layers, foreground = make_layers(), 3
+    predictions = make_predictions()[2][:foreground].detach().double()
+    gt_boxes, classes = GT_BOXES[:foreground].double(), torch.tensor(GT_CLASSES[:foreground])
+
+    def loss(boxes):
+        return layers._box_losses(boxes, gt_boxes, predictions, classes)
+
+    boxes = BOXES[:foreground].double().requires_grad_()
+    assert torch.autograd.gradcheck(loss, boxes)
+    # That is what the switch lets through.
+    for moving in (True, False):
+        moved = BOXES.clone().requires_grad_()
+        losses = layers.losses(make_predictions(), both_images(moved), moving_targets=moving)
+        (gradient,) = torch.autograd.grad(losses["loss_box_reg"], moved, allow_unused=True)
+        assert (gradient is not None) == moving
 
 
 def test_losses_are_weighted_by_name():
@@ -146,17 +189,12 @@ def test_class_boxes_are_those_of_each_foreground_class():
     assert torch.equal(layers.predict_class_boxes(BOXES, deltas), torch.cat(expected, dim=1))
 
 
-def test_regressed_boxes_pass_gradients_to_the_boxes_and_the_clipped_ones_to_the_deltas():
-    gradients = []
-    for clip in (0.0, 0.5):
-        boxes, deltas = BOXES.clone().requires_grad_(), make_predictions()[2]
-        regressed = make_layers().regress_boxes(boxes, deltas, torch.tensor([0, 1, 2, 0]), clip)
-        (regressed * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
-        gradients.append((boxes.grad, deltas.grad))
-    (box_gradient, delta_gradient), (clipped_box_gradient, clipped_delta_gradient) = gradients
-    assert (box_gradient != 0).all() and torch.equal(box_gradient, clipped_box_gradient)
-    assert delta_gradient.abs().max() > 0.5
-    assert torch.equal(clipped_delta_gradient, delta_gradient.clamp(-0.5, 0.5))
+def test_regressed_boxes_pass_gradients_to_boxes_and_deltas():
+    boxes, deltas = BOXES.clone().requires_grad_(), make_predictions()[2]
+    regressed = make_layers().regress_boxes(boxes, deltas, torch.tensor([0, 1, 2, 0]))
+    (regressed * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+    assert (boxes.grad != 0).all()
+    assert (deltas.grad.view(len(BOXES), -1, 4) != 0).any(dim=2).sum(dim=1).tolist() == [1] * len(BOXES)
 
 
 def test_forward_flattens_and_gives_float32():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.structures import BitMasks, Boxes, Instances
 
 from mnc_d2.modeling import MaskRegressionHead
-from mnc_d2.modeling.roi_heads.mask_head import crop_masks, instance_mask_iou, mask_loss
+from mnc_d2.modeling.roi_heads.mask_head import crop_masks, instance_mask_iou, mask_loss, warp_mask_targets
 
 H, W, M = 40, 50, 4
 
@@ -94,28 +95,25 @@ def test_crop_without_masks_or_boxes(num_masks, num_boxes):
 # ---- loss
 
 
-@pytest.mark.parametrize("threshold", [0.4, 0.5])
-def test_loss_is_the_mean_binary_cross_entropy_over_texels_of_valid_rois(threshold):
+def test_loss_is_the_mean_over_images_of_the_mean_binary_cross_entropy_of_valid_rois():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, M, M, generator=generator)
-    coverage = torch.rand(5, M, M, generator=generator)
-    coverage[0, 0, 0] = threshold  # is foreground
-    valid = [True, False, True, True, False]
-    terms = []
+    target = torch.rand(5, M, M, generator=generator)
+    valid, image = [True, False, True, True, False], [0, 0, 1, 1, 2]
+    terms = [[], [], []]
     for r in range(5):
-        for i in range(M):
-            for j in range(M):
-                p = 1 / (1 + math.exp(-logits[r, i, j].item()))
-                if valid[r]:
-                    terms.append(-math.log(p if coverage[r, i, j] >= threshold else 1 - p))
-    loss = mask_loss(logits, coverage, torch.tensor(valid), threshold)
-    assert loss.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+        for t, x in zip(target[r].flatten().tolist(), logits[r].flatten().tolist()):
+            p = 1 / (1 + math.exp(-x))
+            if valid[r]:
+                terms[image[r]].append(-t * math.log(p) - (1 - t) * math.log(1 - p))
+    loss = mask_loss(logits, target, torch.tensor(valid), [2, 2, 1])
+    assert loss.item() == pytest.approx(sum(sum(x) / len(x) if x else 0 for x in terms) / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_loss_without_a_valid_roi_is_zero_and_has_a_gradient(count):
     logits = torch.randn(count, M, M, requires_grad=True)
-    loss = mask_loss(logits, torch.rand(count, M, M), torch.zeros(count, dtype=torch.bool), 0.5)
+    loss = mask_loss(logits, torch.rand(count, M, M), torch.zeros(count, dtype=torch.bool), [count])
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros(count, M, M))
@@ -123,8 +121,56 @@ def test_loss_without_a_valid_roi_is_zero_and_has_a_gradient(count):
 
 def test_loss_gives_no_gradient_to_rois_that_are_not_valid():
     logits = torch.randn(3, M, M, requires_grad=True)
-    mask_loss(logits, torch.rand(3, M, M), torch.tensor([True, False, True]), 0.5).backward()
+    mask_loss(logits, torch.rand(3, M, M), torch.tensor([True, False, True]), [3]).backward()
     assert [(row != 0).all().item() for row in logits.grad] == [True, False, True]
+
+
+# ---- targets that move
+
+
+def make_labelled(boxes, indices):
+    """A proposal for each box, matched to these instances, and the ground truth."""
+    proposal, target = Instances((H, W)), Instances((H, W))
+    proposal.proposal_boxes = Boxes(boxes)
+    proposal.gt_index = torch.tensor(indices)
+    target.gt_masks = BitMasks(torch.from_numpy(make_masks()))
+    return proposal, target
+
+
+def test_targets_that_move_are_the_mask_interpolated_at_the_centre_of_each_texel():
+    boxes = [[4.3, 3.1, 25.7, 20.9], [20.2, 14.8, 44.4, 33.3]]
+    target = warp_mask_targets(*([x] for x in make_labelled(torch.tensor(boxes), [0, 1])), M)
+    masks = make_masks()
+    for r, (x1, y1, x2, y2) in enumerate(boxes):
+        for i in range(M):
+            for j in range(M):
+                y, x = y1 + (i + 0.5) * (y2 - y1) / M - 0.5, x1 + (j + 0.5) * (x2 - x1) / M - 0.5
+                row, column = math.floor(y), math.floor(x)
+                expected = sum(
+                    (1 - abs(y - row - a)) * (1 - abs(x - column - b)) * masks[r, row + a, column + b]
+                    for a in (0, 1)
+                    for b in (0, 1)
+                )
+                assert target[r, i, j].item() == pytest.approx(expected, abs=1e-5)  # float32 positions up to 50
+
+
+def test_targets_that_move_have_the_exact_derivative(monkeypatch):
+    def keep_dtype(self, tensor):  # Detectron2 rounds boxes to float32
+        self.tensor = tensor
+
+    monkeypatch.setattr(Boxes, "__init__", keep_dtype)
+    boxes = torch.tensor([[4.3, 3.1, 25.7, 20.9], [20.2, 14.8, 44.4, 33.3]], dtype=torch.float64, requires_grad=True)
+
+    def warp(boxes):
+        return warp_mask_targets(*([x] for x in make_labelled(boxes, [0, 1])), 9)
+
+    assert torch.autograd.grad(warp(boxes).pow(2).sum(), boxes)[0].abs().min() > 0
+    assert torch.autograd.gradcheck(warp, boxes)
+
+
+def test_targets_that_move_without_an_instance_are_zero():
+    proposal, target = make_labelled(torch.tensor([[4.0, 4.0, 20.0, 20.0]]), [0])
+    assert torch.equal(warp_mask_targets([proposal], [target[[]]], M), torch.zeros(1, M, M))
 
 
 # ---- IoU

@@ -266,6 +266,37 @@ def test_box_is_the_tight_box_of_the_mask():
     assert result.pred_boxes.tensor.tolist() == [[8.0, 8.0, 10.0, 12.0]]
 
 
+def test_with_class_boxes_the_box_is_the_mean_of_those_of_the_voters_for_the_class():
+    candidates = boxes, scores, masks = make_candidates()
+    generator = torch.Generator().manual_seed(1)
+    class_boxes = boxes.repeat(1, CLASSES) + 4 * torch.randn(len(boxes), 4 * CLASSES, generator=generator)
+    result = vote_masks(*candidates, SIZE, class_boxes=class_boxes)
+    tight = vote_masks(*candidates, SIZE)
+    for i, (survivor, cls) in enumerate(zip(result.candidates.tolist(), result.pred_classes.tolist())):
+        ious = [slow_iou(box, boxes[survivor].tolist()) for box in boxes.tolist()]
+        voters = [k for k, iou in enumerate(ious) if iou >= 0.5 or k == survivor]
+        total = sum(scores[k, cls].item() for k in voters)
+        for side, limit in zip(range(4), (SIZE[1], SIZE[0]) * 2):
+            mean = sum(scores[k, cls].item() * class_boxes[k, 4 * cls + side].item() for k in voters) / total
+            # Coordinates up to 30 in float32.
+            assert result.pred_boxes.tensor[i, side].item() == pytest.approx(min(max(mean, 0), limit), abs=1e-4)
+    assert torch.equal(result.mask_boxes.tensor, tight.pred_boxes.tensor)
+    for name in ("pred_masks", "scores", "pred_classes", "candidates"):
+        assert torch.equal(result.get(name), tight.get(name))
+
+
+def test_class_boxes_that_are_not_finite_leave_their_candidate_out():
+    boxes, scores, masks = make_candidates()
+    class_boxes = boxes.repeat(1, CLASSES)
+    class_boxes[3, 5] = math.nan
+    assert 3 not in vote_masks(boxes, scores, masks, SIZE, class_boxes=class_boxes, nms_threshold=1.0).candidates
+
+
+def test_class_boxes_of_no_candidates():
+    result = vote_masks(*make_candidates(0), SIZE, class_boxes=torch.zeros(0, 4 * CLASSES))
+    assert result.pred_boxes.tensor.shape == result.mask_boxes.tensor.shape == (0, 4)
+
+
 def test_box_stays_where_no_pixel_reaches_the_threshold():
     box = [4.25, 6.5, 14.0, 16.75]
     result = vote_masks(*single(box, np.full((M, M), 0.3)), SIZE)

@@ -11,6 +11,7 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA, build_model
 from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import EventStorage
 from modeling.inputs import SIZE, make_inputs
 
@@ -37,6 +38,9 @@ def test_every_config_builds_trains_and_detects(path):
     cfg.merge_from_list(["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.MNC.MASK_FC_DIM", 16])
     cfg.merge_from_list(["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16])
     cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 20])
+    if len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == 1:
+        # Some must lie in the small images, where configs train no others.
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16, 32, 64]]
     torch.manual_seed(0)
     model = build_model(cfg)
 
@@ -58,10 +62,14 @@ def test_every_config_builds_trains_and_detects(path):
         assert instances.pred_masks.shape == (len(instances), 120, 200)
 
 
+def make_model(small_config, **overrides):
+    torch.manual_seed(0)
+    return make_lively(build_model(small_config(**overrides)))
+
+
 @pytest.fixture
 def model(small_config):
-    torch.manual_seed(0)
-    return make_lively(build_model(small_config()))
+    return make_model(small_config)
 
 
 def make_lively(model):
@@ -115,7 +123,8 @@ def test_results_are_in_the_frame_of_the_requested_size(model):
 @pytest.mark.parametrize("threshold", [0.3, 0.6])
 def test_masks_of_results_have_the_threshold_of_the_config(small_config, threshold):
     torch.manual_seed(0)
-    model = make_lively(build_model(small_config(**{"MODEL.MNC.MASK_THRESHOLD": threshold})))
+    overrides = {"MODEL.MNC.MASK_THRESHOLD": threshold, "MODEL.MNC.DETECTION_BOX": "tight"}
+    model = make_lively(build_model(small_config(**overrides)))
     inputs = make_inputs()[:1]
     with torch.no_grad():
         (raw,) = model.inference(inputs, do_postprocess=False)
@@ -123,6 +132,24 @@ def test_masks_of_results_have_the_threshold_of_the_config(small_config, thresho
     expected = [detector_postprocess(copy.deepcopy(raw), SIZE, SIZE, x).pred_masks for x in (threshold, 0.5)]
     assert torch.equal(result.pred_masks, expected[0])
     assert not torch.equal(*expected)
+
+
+def test_regressed_boxes_change_no_masks(small_config):
+    tight, regressed = (
+        make_model(small_config, **{"MODEL.MNC.DETECTION_BOX": name, "MODEL.MNC.OUTPUTS": ["instances", "passes"]})
+        for name in ("tight", "regressed")
+    )
+    regressed.load_state_dict(tight.state_dict())
+    inputs = {**make_inputs()[0], "height": 2 * SIZE, "width": 3 * SIZE}
+    (tight,), (regressed,) = detect(tight, inputs), detect(regressed, inputs)
+    assert torch.equal(tight.pred_masks, regressed.pred_masks)
+    assert torch.equal(tight.scores, regressed.scores)
+    assert set(tight.get_fields()) == set(regressed.get_fields())
+    boxes = regressed.pred_boxes.tensor
+    assert not torch.equal(tight.pred_boxes.tensor, boxes)
+    assert (boxes >= 0).all() and (boxes <= torch.tensor([3.0, 2.0, 3.0, 2.0]) * SIZE).all()
+    # Deltas are small at the start of training: they are near the boxes that vote, and so near the masks.
+    assert matched_pairwise_iou(tight.pred_boxes, regressed.pred_boxes).median() > 0.3
 
 
 @pytest.mark.parametrize("mask_on", [True, False])

@@ -204,6 +204,16 @@ def test_accuracy_of_each_stage_is_logged(make_roi_heads, make_map, make_proposa
         assert 0 <= logged[name] <= 1
 
 
+def test_recall_of_proposals_is_logged(make_roi_heads, make_map, make_proposals, make_target, storage):
+    heads = make_roi_heads()
+    gt = [[10.0, 10.0, 20.0, 20.0], [30.0, 30.0, 50.0, 50.0], [4.0, 40.0, 16.0, 60.0]]
+    # IoU 1, 0.6 and 0 with these.
+    boxes = [[10.0, 10.0, 20.0, 20.0], [30.0, 30.0, 50.0, 42.0]]
+    heads(None, make_map(2), [make_proposals(boxes), make_proposals([])], [make_target(gt, [0, 1, 0])] * 2)
+    latest = storage.latest()
+    assert latest["s1/recall_50"][0] == pytest.approx(2 / 6) and latest["s1/recall_75"][0] == pytest.approx(1 / 6)
+
+
 def test_mask_iou_is_logged_as_the_mean_over_foreground(make_roi_heads, make_map, make_proposals, make_target, storage):
     # Two ground-truth boxes with full masks, IoU 1, and one that covers 3 / 4 of the first.
     heads = make_roi_heads(mask_head=FixedMasks(np.ones((4, 4))), num_passes_train=1)

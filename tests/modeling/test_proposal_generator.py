@@ -10,13 +10,18 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.structures import Boxes, ImageList, Instances
 
-from mnc_d2.modeling import CausalRPN
+from mnc_d2.modeling import CausalGradients, CausalRPN
 
 SIZES = [(64, 64), (48, 60)]  # of two images in one batch
 
 
 def make_rpn(cls=CausalRPN, **kwargs):
     torch.manual_seed(0)
+    fields = CausalGradients.__dataclass_fields__
+    gradients = CausalGradients(**{name: value for name, value in kwargs.items() if name in fields})
+    kwargs = {name: value for name, value in kwargs.items() if name not in fields}
+    if cls is not RPN:
+        kwargs["gradients"] = gradients
     rpn = cls(
         in_features=["fine", "coarse"],
         head=StandardRPNHead(in_channels=4, num_anchors=3),
@@ -211,4 +216,4 @@ def test_from_config_reads_the_switches():
     cfg.MODEL.MNC.DELTA_GRADIENT_CLIP = 0.125
     cfg.MODEL.MNC.BORDER_GRADIENT = True
     rpn = CausalRPN(cfg, {"res4": ShapeSpec(channels=4, stride=16)})
-    assert (rpn.proposal_gradient, rpn.delta_gradient_clip, rpn.border_gradient) == (False, 0.125, True)
+    assert rpn.gradients == CausalGradients(proposal_gradient=False, delta_gradient_clip=0.125, border_gradient=True)

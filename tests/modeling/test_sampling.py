@@ -9,14 +9,14 @@ NUM_CLASSES = 3
 BANDS, FRACTIONS = [(0.1, 0.5), (0.0, 0.1)], [0.85, 0.15]
 
 
-def sample(num_fg, num_near, num_far, num_ignored=0, batch_size=64, positive_fraction=0.3, seed=0):
+def sample(num_fg, num_near, num_far, num_ignored=0, batch_size=64, positive_fraction=0.3, seed=0, refill=True):
     """Draw from RoIs in random order; return how many of each kind were drawn, and the indices."""
     torch.manual_seed(seed)
     kinds = torch.tensor([0] * num_fg + [1] * num_near + [2] * num_far + [3] * num_ignored)
     kinds = kinds[torch.randperm(len(kinds))]
     classes = torch.tensor([1, NUM_CLASSES, NUM_CLASSES, -1])[kinds]
     ious = torch.tensor([0.7, 0.3, 0.05, 0.3])[kinds]
-    drawn = sample_rois(classes, ious, NUM_CLASSES, batch_size, positive_fraction, BANDS, FRACTIONS)
+    drawn = sample_rois(classes, ious, NUM_CLASSES, batch_size, positive_fraction, BANDS, FRACTIONS, refill)
     counts = torch.bincount(kinds[drawn], minlength=4).tolist()
     return counts, drawn, kinds
 
@@ -44,6 +44,16 @@ def test_number_of_each_kind(available, drawn):
     counts, indices, _ = sample(*available, num_ignored=20)
     assert counts == [*drawn, 0]
     assert len(indices.unique()) == len(indices)
+
+
+@pytest.mark.parametrize(
+    ("available", "drawn"),
+    [((100, 100, 100), (19, 38, 7)), ((100, 10, 100), (19, 10, 7)), ((100, 100, 2), (19, 38, 2))],
+    ids=str,
+)
+def test_without_refill_no_band_makes_up_for_another(available, drawn):
+    counts, _, _ = sample(*available, refill=False)
+    assert counts == [*drawn, 0]
 
 
 def test_foreground_comes_first():

@@ -43,6 +43,8 @@ class CaffeMNCROIHeads(MNCROIHeads):
             raise ValueError(
                 "MODEL.ROI_HEADS.NAME CaffeMNCROIHeads needs MODEL.MNC.SHARE_PASSES True and MASK_IN_FEATURES []"
             )
+        if cfg.MODEL.MNC.DETECTION_BOX != "tight":
+            raise ValueError("MODEL.ROI_HEADS.NAME CaffeMNCROIHeads needs MODEL.MNC.DETECTION_BOX tight")
         arguments = super().from_config(cfg, input_shape)
         arguments["predictor"].box2box_transform = InclusiveBoxTransform(cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS)
         return arguments

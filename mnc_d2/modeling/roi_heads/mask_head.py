@@ -11,7 +11,8 @@ from detectron2.structures import BitMasks, Instances
 from torch import nn
 from torchvision.ops import roi_align
 
-from ...layers import at_least_float32
+from ...layers import at_least_float32, roi_warp
+from .normalization import mean_over_images
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -77,14 +78,18 @@ def mask_targets(proposals: list[Instances], targets: list[Instances], size: int
             areas.append(boxes.new_zeros(len(boxes)))
             has_mask.append(torch.zeros_like(index, dtype=torch.bool))
             continue
-        masks = target.gt_masks
-        if not isinstance(masks, BitMasks):
-            masks = BitMasks.from_polygon_masks(masks, *target.image_size).to(boxes.device)
+        masks = _bit_masks(target, boxes.device)
         present = target.gt_has_mask if target.has("gt_has_mask") else torch.ones_like(target.gt_classes).bool()
         coverage.append(crop_masks(masks.tensor, index, boxes, size))
         areas.append(masks.tensor.sum(dim=(1, 2)).to(boxes)[index])
         has_mask.append(present[index])
     return MaskTargets(torch.cat(coverage), torch.cat(areas), torch.cat(has_mask))
+
+
+def _bit_masks(target: Instances, device: torch.device) -> BitMasks:
+    """The masks of the ground truth of one image, whatever their format."""
+    masks = target.gt_masks
+    return masks if isinstance(masks, BitMasks) else BitMasks.from_polygon_masks(masks, *target.image_size).to(device)
 
 
 @torch.no_grad()
@@ -109,21 +114,42 @@ def crop_masks(masks: torch.Tensor, indices: torch.Tensor, boxes: torch.Tensor, 
     return crops.squeeze(1)
 
 
-def mask_loss(logits: torch.Tensor, coverage: torch.Tensor, valid: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Binary cross-entropy between predicted and ground-truth masks, averaged over the texels of the valid RoIs.
+def warp_mask_targets(proposals: list[Instances], targets: list[Instances], size: int) -> torch.Tensor:
+    """Sample the mask of the instance that each RoI is matched to, differentiably in the coordinates of the RoI.
+
+    Args:
+        proposals, targets, size: as in :func:`mask_targets`.
+
+    Returns:
+        (R, m, m), float32: the mask, interpolated bilinearly, at the centre of each texel. Between the pixels of an
+        edge it has values between 0 and 1 and moves with the box, by the exact derivative of a RoI warp.
+    """
+    warped = []
+    for proposal, target in zip(proposals, targets):
+        boxes = proposal.proposal_boxes.tensor
+        if len(target) == 0:
+            warped.append(boxes.new_zeros(len(boxes), size, size))
+            continue
+        masks = _bit_masks(target, boxes.device).tensor
+        rois = torch.cat((proposal.gt_index[:, None].to(boxes), boxes), dim=1)
+        warped.append(roi_warp(masks[:, None].to(boxes), rois, size)[:, 0])
+    return torch.cat(warped)
+
+
+def mask_loss(logits: torch.Tensor, target: torch.Tensor, valid: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Binary cross-entropy between predicted and ground-truth masks.
 
     Args:
         logits: (R, m, m), float32.
-        coverage: (R, m, m), as returned by :func:`crop_masks`.
+        target: (R, m, m), in [0, 1].
         valid: (R,), bool: foreground RoIs whose instance has a mask.
-        threshold: a target texel is foreground from this coverage on.
+        counts: number of RoIs of each image; R in all.
 
     Returns:
-        scalar, 0 if no RoI is valid.
+        scalar: the mean over the images of the mean over the texels of an image's valid RoIs, 0 if it has none.
     """
-    target = (coverage >= threshold).to(logits)
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=(1, 2))
-    return (loss * valid).sum() / valid.sum().clamp(min=1)
+    return mean_over_images(loss, counts, valid)
 
 
 @torch.no_grad()

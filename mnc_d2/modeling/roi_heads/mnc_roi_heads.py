@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +11,18 @@ from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROIHeads, build_box_head, build_mask_head
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
-from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from ...layers import inside_image, pass_gradient
+from ..causal_gradients import CausalGradients
 from ..mask_voting import vote_masks
 from ..poolers import RoIWarpPooler
+from ..roi_anchors import RoIAnchorLoss
 from .classifier import MNCOutputLayers
-from .mask_head import MaskTargets, instance_mask_iou, mask_loss, mask_targets
-from .metrics import log_metrics, masked_mean
+from .mask_head import MaskTargets, instance_mask_iou, mask_loss, mask_targets, warp_mask_targets
+from .metrics import log_metrics, masked_mean, recall
 from .outputs import PassOutput, gather_by_image
-from .sampling import sample_rois
+from .sampling import label_boxes, sample_rois
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -46,10 +48,8 @@ class MNCROIHeads(ROIHeads):
         classifier_resolution: int,
         num_passes_train: int = 2,
         num_passes_test: int = 2,
-        box_gradient: bool = True,
-        mask_gradient: str = "foreground",
-        delta_gradient_clip: float = 1.0 / 512,
-        border_gradient: bool = False,
+        gradients: CausalGradients | None = None,
+        append_gt_to_later_passes: bool = False,
         background_bands: list[tuple[float, float]] = ((0.1, 0.5), (0.0, 0.1)),
         background_fractions: list[float] = (0.85, 0.15),
         mask_target_threshold: float = 0.5,
@@ -58,9 +58,12 @@ class MNCROIHeads(ROIHeads):
         mask_loss_weight: float = 1.0,
         next_box_background: bool = True,
         voting_iou_threshold: float = 0.5,
+        detection_box: str = "regressed",
         mask_on: bool = True,
         mask_in_features: list[str] | None = None,
         next_pass_min_score: float = 0.0,
+        roi_anchor_loss: nn.Module | None = None,
+        refill_background: bool = True,
         **kwargs,
     ) -> None:
         """
@@ -76,20 +79,21 @@ class MNCROIHeads(ROIHeads):
             predictor: joint features -> scores, mask-level scores, box deltas.
             classifier_resolution: s, a divisor of S; the features are max-pooled from S x S to s x s.
             num_passes_train, num_passes_test: k for training and for inference.
-            box_gradient: whether gradients flow from a pass through its boxes into the pass before.
-            mask_gradient: which RoIs pass the classifier's gradient to their mask: "none", "foreground" (by mask-level
-                label) or "all".
-            delta_gradient_clip, border_gradient: as in :class:`~mnc_d2.modeling.CausalRPN`.
-            background_bands, background_fractions: see :func:`~mnc_d2.modeling.roi_heads.sampling.sample_rois`.
+            gradients: which gradients flow from a stage to those before it; the defaults of
+                :class:`~mnc_d2.modeling.causal_gradients.CausalGradients` by default.
+            background_bands, background_fractions, refill_background: see
+                :func:`~mnc_d2.modeling.roi_heads.sampling.sample_rois`.
             mask_target_threshold, mask_threshold, mask_iou_threshold, mask_loss_weight, next_box_background,
-                next_pass_min_score, voting_iou_threshold: see :func:`mnc_d2.add_mnc_config`.
+                next_pass_min_score, voting_iou_threshold, detection_box, append_gt_to_later_passes: see
+                :func:`mnc_d2.add_mnc_config`.
             mask_on: whether inference returns masks, by mask voting; if not, boxes only, scored at box level.
             mask_in_features: names of the feature maps that the mask head pools from; by default ``in_features``.
+            roi_anchor_loss: a :class:`~mnc_d2.modeling.roi_anchors.RoIAnchorLoss` that is added to the losses.
             kwargs: those of Detectron2's ``ROIHeads``.
         """
         super().__init__(**kwargs)
-        if mask_gradient not in ("none", "foreground", "all"):
-            raise ValueError(f'MODEL.MNC.MASK_GRADIENT must be "none", "foreground" or "all", got {mask_gradient!r}')
+        if detection_box not in ("tight", "regressed"):
+            raise ValueError(f'MODEL.MNC.DETECTION_BOX must be "tight" or "regressed", got {detection_box!r}')
         if num_passes_train < 1 or num_passes_test < 1:
             raise ValueError("MODEL.MNC.NUM_PASSES_TRAIN and NUM_PASSES_TEST must be at least 1")
         if pooler.output_size % classifier_resolution:
@@ -106,10 +110,8 @@ class MNCROIHeads(ROIHeads):
         self.classifier_resolution = classifier_resolution
         self.num_passes_train = num_passes_train
         self.num_passes_test = num_passes_test
-        self.box_gradient = box_gradient
-        self.mask_gradient = mask_gradient
-        self.delta_gradient_clip = delta_gradient_clip
-        self.border_gradient = border_gradient
+        self.gradients = gradients or CausalGradients()
+        self.append_gt_to_later_passes = append_gt_to_later_passes
         self.background_bands = background_bands
         self.background_fractions = background_fractions
         self.mask_target_threshold = mask_target_threshold
@@ -119,8 +121,11 @@ class MNCROIHeads(ROIHeads):
         self.next_box_background = next_box_background
         self.next_pass_min_score = next_pass_min_score
         self.voting_iou_threshold = voting_iou_threshold
+        self.detection_box = detection_box
         self.mask_on = mask_on
         self.mask_in_features = mask_in_features or in_features
+        self.roi_anchor_loss = roi_anchor_loss
+        self.refill_background = refill_background
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
@@ -163,12 +168,12 @@ class MNCROIHeads(ROIHeads):
             "classifier_resolution": resolution,
             "num_passes_train": mnc.NUM_PASSES_TRAIN,
             "num_passes_test": mnc.NUM_PASSES_TEST,
-            "box_gradient": mnc.BOX_GRADIENT,
-            "mask_gradient": mnc.MASK_GRADIENT,
-            "delta_gradient_clip": mnc.DELTA_GRADIENT_CLIP,
-            "border_gradient": mnc.BORDER_GRADIENT,
+            "gradients": CausalGradients.from_config(cfg),
+            "append_gt_to_later_passes": mnc.APPEND_GT_TO_LATER_PASSES,
             "background_bands": mnc.BACKGROUND_IOU_BANDS,
             "background_fractions": mnc.BACKGROUND_FRACTIONS,
+            "refill_background": mnc.REFILL_BACKGROUND,
+            "roi_anchor_loss": RoIAnchorLoss(cfg) if mnc.ROI_ANCHOR_LOSS else None,
             "mask_target_threshold": mnc.MASK_TARGET_THRESHOLD,
             "mask_threshold": mnc.MASK_THRESHOLD,
             "mask_iou_threshold": mnc.MASK_IOU_THRESHOLD,
@@ -176,6 +181,7 @@ class MNCROIHeads(ROIHeads):
             "next_box_background": mnc.NEXT_BOX_BACKGROUND,
             "next_pass_min_score": mnc.NEXT_PASS_MIN_SCORE,
             "voting_iou_threshold": mnc.VOTING_IOU_THRESHOLD,
+            "detection_box": mnc.DETECTION_BOX,
             "mask_on": cfg.MODEL.MASK_ON,
         }
 
@@ -208,14 +214,20 @@ class MNCROIHeads(ROIHeads):
         if targets is None:
             raise ValueError("MNCROIHeads needs targets in training")
 
-        first_proposals, losses, metrics = None, {}, {}
+        features = self.gradients.of_features(features, self.num_passes_train)
+        first_proposals, losses = None, {}
+        metrics = {f"s1/{name}": value for name, value in recall(boxes, targets).items()}
         for index in range(self.num_passes_train):
             if index == 0:
                 if self.proposal_append_gt:
                     boxes = _append_boxes(boxes, targets)
                 labelled = first_proposals = self.label_proposals(boxes, targets, sample=True)
+                if self.roi_anchor_loss is not None:
+                    losses.update(self.roi_anchor_loss(proposals, labelled, self.num_classes))
             else:
-                labelled = self.label_proposals(_append_boxes(boxes, targets), targets, sample=False)
+                if self.append_gt_to_later_passes:
+                    boxes = _append_boxes(boxes, targets)
+                labelled = self.label_proposals(boxes, targets, sample=False)
             output, pass_losses, pass_metrics = self._train_pass(index, features, labelled, targets)
             stage = 2 * (index + 1)
             losses.update({f"{name}_s{stage + ('mask' not in name)}": loss for name, loss in pass_losses.items()})
@@ -226,64 +238,55 @@ class MNCROIHeads(ROIHeads):
         return first_proposals, losses
 
     def label_proposals(self, boxes: list[Boxes], targets: list[Instances], sample: bool) -> list[Instances]:
-        """Match boxes to ground truth. Labels are constants; the boxes keep their gradient.
+        """Match the boxes of each image to its ground truth, see :func:`label_boxes`.
 
         Args:
             boxes: one per image, in image pixels.
             targets: as in :meth:`forward`.
             sample: whether to draw ``batch_size_per_image`` of the boxes; else all stay, but those labelled ignore.
-
-        Returns:
-            one Instances per image with ``proposal_boxes``, ``proposal_index`` (of the box among those given),
-            ``gt_classes`` (background: ``num_classes``), ``gt_boxes`` and ``gt_index`` (of the matched instance; both
-            mean nothing for background).
         """
-        labelled = []
-        for boxes_of_image, target in zip(boxes, targets):
-            with torch.no_grad():
-                ious = pairwise_iou(target.gt_boxes, boxes_of_image)
-                matched, labels = self.proposal_matcher(ious)
-                if len(target):
-                    classes = target.gt_classes[matched].masked_fill(labels == 0, self.num_classes)
-                    classes = classes.masked_fill(labels == -1, -1)
-                    best_iou = ious.max(dim=0).values
-                else:
-                    classes = torch.full_like(matched, self.num_classes)
-                    best_iou = torch.zeros_like(matched, dtype=torch.float32)
-                if sample:
-                    keep = sample_rois(
-                        classes,
-                        best_iou,
-                        self.num_classes,
-                        self.batch_size_per_image,
-                        self.positive_fraction,
-                        self.background_bands,
-                        self.background_fractions,
-                    )
-                else:
-                    keep = (classes >= 0).nonzero().squeeze(1)
-            result = Instances(target.image_size)
-            result.proposal_boxes = boxes_of_image[keep]
-            result.proposal_index = keep
-            result.gt_classes = classes[keep]
-            result.gt_index = matched[keep]
-            # Without ground truth, all is background and any box will do.
-            has_gt = len(target) > 0
-            result.gt_boxes = target.gt_boxes[matched[keep]] if has_gt else Boxes(result.proposal_boxes.tensor.detach())
-            labelled.append(result)
-        return labelled
+        sampler = None
+        if sample:
+            sampler = partial(
+                sample_rois,
+                num_classes=self.num_classes,
+                batch_size=self.batch_size_per_image,
+                positive_fraction=self.positive_fraction,
+                bands=self.background_bands,
+                band_fractions=self.background_fractions,
+                refill=self.refill_background,
+            )
+        return [
+            label_boxes(boxes_of_image, target, self.proposal_matcher, self.num_classes, sampler)
+            for boxes_of_image, target in zip(boxes, targets)
+        ]
 
     def _train_pass(
         self, index: int, features: dict[str, torch.Tensor], proposals: list[Instances], targets: list[Instances]
     ) -> tuple[PassOutput, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Run one pass on labelled proposals; return its output, its losses and its accuracies."""
-        mask_features, pooled = self._pool(features, [x.proposal_boxes for x in proposals], index)
+        for proposal, boxes in zip(proposals, self.gradients.of_coordinates(proposals, self.num_classes)):
+            proposal.proposal_boxes = boxes
+        mask_features, pooled = self._pool_in_training(features, [x.proposal_boxes for x in proposals], index)
         logits = _module_of_pass(self.mask_head, index)(mask_features)
         truth = mask_targets(proposals, targets, logits.shape[-1])
         output, losses, metrics = self._train_classifier(index, pooled, logits.sigmoid(), proposals, truth)
         valid = _foreground(proposals, self.num_classes) & truth.has_mask
-        loss = mask_loss(logits, truth.coverage, valid, self.mask_target_threshold)
+        if self.gradients.moving_targets and self.gradients.mask_coordinate_gradient:
+            target = warp_mask_targets(proposals, targets, logits.shape[-1])
+        else:
+            target = (truth.coverage >= self.mask_target_threshold).to(logits)
+        loss = mask_loss(logits, target, valid, [len(x) for x in proposals])
         return output, {"loss_mask": self.mask_loss_weight * loss, **losses}, metrics
+
+    def _pool_in_training(
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes], index: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_pool`; the mask head's features from detached boxes if these pass no gradient there."""
+        mask_features, pooled = self._pool(features, boxes, index)
+        if not self.gradients.mask_coordinate_gradient and any(x.tensor.requires_grad for x in boxes):
+            mask_features, _ = self._pool(features, [Boxes(x.tensor.detach()) for x in boxes], index)
+        return mask_features, pooled
 
     def _train_classifier(
         self, index: int, pooled: torch.Tensor, masks: torch.Tensor, proposals: list[Instances], truth: MaskTargets
@@ -311,12 +314,9 @@ class MNCROIHeads(ROIHeads):
         for proposal, labels in zip(proposals, mask_classes.split([len(x) for x in proposals])):
             proposal.gt_mask_classes = labels
 
-        if self.mask_gradient == "none":
-            masks = masks.detach()
-        elif self.mask_gradient == "foreground":
-            masks = pass_gradient(masks, mask_foreground[:, None, None])
+        masks = self.gradients.of_masks(masks, mask_foreground)
         predictions = self._classify(index, pooled, masks)
-        losses = _module_of_pass(self.predictor, index).losses(predictions, proposals)
+        losses = _module_of_pass(self.predictor, index).losses(predictions, proposals, self.gradients.moving_targets)
         metrics = {
             "mask_iou": masked_mean(mask_ious, foreground & truth.has_mask),
             "cls_accuracy": masked_mean(predictions[0].argmax(dim=1) == classes),
@@ -359,15 +359,15 @@ class MNCROIHeads(ROIHeads):
         allow_background = self.next_box_background and not self.training
         scores = output.mask_scores if allow_background else output.mask_scores[:, : self.num_classes]
         tensor = torch.cat([x.tensor for x in output.boxes])
+        deltas = self.gradients.of_deltas(output.deltas, len(image_sizes))
         regressed = _module_of_pass(self.predictor, output.index).regress_boxes(
-            tensor, output.deltas, scores.detach().argmax(dim=1), self.delta_gradient_clip
+            tensor, deltas, scores.detach().argmax(dim=1)
         )
-        if not self.box_gradient:
+        if not self.gradients.box_gradient:
             regressed = regressed.detach()
         next_boxes = []
         for boxes, size in zip(regressed.split([len(x) for x in output.boxes]), image_sizes):
-            if not self.border_gradient:
-                boxes = pass_gradient(boxes, inside_image(boxes, size))
+            boxes = self.gradients.at_border(boxes, size)
             boxes = Boxes(boxes)
             boxes.clip(size)
             next_boxes.append(boxes)
@@ -412,10 +412,14 @@ class MNCROIHeads(ROIHeads):
         boxes = gather_by_image([torch.cat([x.tensor for x in o.boxes]) for o in outputs], outputs)
         masks = gather_by_image([o.masks for o in outputs], outputs)
         scores = gather_by_image([o.mask_scores.softmax(dim=1)[:, : self.num_classes] for o in outputs], outputs)
+        class_boxes = [None] * len(image_sizes)
+        if self.detection_box == "regressed":
+            class_boxes = gather_by_image([self._class_boxes(o) for o in outputs], outputs)
         return [
             vote_masks(
                 *candidates,
                 image_size,
+                class_boxes=class_boxes_of_image,
                 score_threshold=predictor.test_score_thresh,
                 nms_threshold=predictor.test_nms_thresh,
                 voting_iou_threshold=self.voting_iou_threshold,
@@ -423,7 +427,7 @@ class MNCROIHeads(ROIHeads):
                 max_detections=predictor.test_topk_per_image,
                 sampling=self.voting_sampling,
             )
-            for *candidates, image_size in zip(boxes, scores, masks, image_sizes)
+            for *candidates, class_boxes_of_image, image_size in zip(boxes, scores, masks, class_boxes, image_sizes)
         ]
 
     def detect_boxes(self, outputs: list[PassOutput], image_sizes: list[tuple[int, int]]) -> list[Instances]:
