@@ -59,8 +59,9 @@ def add_mnc_config(cfg: CN) -> None:
     # Whether boxes clipped at the image border, and boxes from anchors that cross it, get a causal gradient.
     mnc.BORDER_GRADIENT = False
     # Whether the anchor behind every RoI that the first pass samples joins the RPN's loss, beside the RPN's own sample
-    # (as released): a counterweight to causal gradients that push proposals off objects.
-    mnc.ROI_ANCHOR_LOSS = False
+    # (as released). It holds proposals on their objects, where other gradients may push them off, and trains the RPN on
+    # more foreground.
+    mnc.ROI_ANCHOR_LOSS = True
 
     # Whether ground-truth boxes are appended to the boxes of the second and later passes in training (as released);
     # MODEL.ROI_HEADS.PROPOSAL_APPEND_GT is for the first.

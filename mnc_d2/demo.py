@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from .config import add_mnc_config
 from .engine import check_device
+from .files import open_atomically
 from .model_zoo import get_config_file
 from .predictor import MNCPredictor
 
@@ -126,8 +127,8 @@ def _write_picture(path: str, target: str, score_threshold: float, predictor: MN
         raise OSError(f"Image {path} cannot be read ({error}).") from error
     instances = predictor(image)["instances"]
     picture = draw(image, instances[instances.scores >= score_threshold], getattr(predictor, "metadata", None))
-    picture.save(target + ".tmp", format="PNG")
-    os.replace(target + ".tmp", target)
+    with open_atomically(target) as file:
+        picture.save(file, format="PNG")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def assert_same_step(actual, expected):
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).abs().max() < 1e-4 * gradient.abs().max(), name
     losses = [name for name in expected_logged if "loss" in name]
-    assert len(losses) == 11
+    assert len(losses) == 13
     for name in losses:
         assert logged[name] == pytest.approx(expected_logged[name], rel=1e-4), name
 

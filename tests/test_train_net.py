@@ -96,7 +96,7 @@ def test_two_images_are_overfitted(trained):
 def test_the_loss_of_every_stage_falls(trained):
     output, _ = trained
     stages = {
-        "1": ["loss_rpn_cls", "loss_rpn_loc"],
+        "1": ["loss_rpn_cls", "loss_rpn_loc", "loss_rpn_roi_cls", "loss_rpn_roi_loc"],
         "2": ["loss_mask_s2"],
         "3": ["loss_cls_s3", "loss_seg_cls_s3", "loss_box_reg_s3"],
         "4": ["loss_mask_s4"],

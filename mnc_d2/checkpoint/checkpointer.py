@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from tabulate import tabulate
 
+from ..files import open_atomically
 from .conversion import convert_torchvision_vgg16, copy_to_all
 
 
@@ -23,8 +24,13 @@ class MNCCheckpointer(DetectionCheckpointer):
       :func:`~mnc_d2.checkpoint.conversion.convert_torchvision_vgg16`;
     - starts both paths of MNC's classifier from the same weights, such as res5 of an ImageNet ResNet, where Detectron2
       stops at a parameter that matches twice;
+    - writes files that are whole whenever they are there, also where a training is killed while it saves;
     - says in a table how much of each module was loaded. The names of what was not are in Detectron2's own messages.
     """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.path_manager = _AtomicWrites(self.path_manager)
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         """Read a file of ``torch.save``; return a state dict, or a dict that has one as "model".
@@ -75,6 +81,21 @@ class MNCCheckpointer(DetectionCheckpointer):
             message += "\n" + tabulate(rows, headers=["module", "tensors loaded"], tablefmt="pipe")
         # A checkpoint with nothing for the model is hardly what anyone wants.
         (self.logger.info if loaded else self.logger.warning)(message)
+
+
+class _AtomicWrites:
+    """A path manager whose files, where they are written, are written by :func:`~mnc_d2.files.open_atomically`."""
+
+    def __init__(self, path_manager) -> None:
+        self._path_manager = path_manager
+
+    def open(self, path: str, mode: str = "r", **kwargs):
+        if "w" not in mode:
+            return self._path_manager.open(path, mode, **kwargs)
+        return open_atomically(self._path_manager.get_local_path(path), mode, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._path_manager, name)
 
 
 def _module_of(key: str) -> str:

@@ -8,13 +8,13 @@ The result is for configs/PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
+from ..files import open_atomically
 from .caffe_model import read_caffe_model
 
 # Where the parameters of each layer belong, and the shape of its weight. A bias has one element per row of it.
@@ -138,13 +138,8 @@ def convert_file(source: str, target: str, expected: Mapping[str, tuple[str, tup
         state, unused = convert_layers(layers, expected)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    temporary = f"{target}.tmp"
-    try:
-        torch.save({"model": state}, temporary)
-        os.replace(temporary, target)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with open_atomically(target) as file:
+        torch.save({"model": state}, file)
     return unused
 
 

@@ -12,6 +12,8 @@ import torch
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 
+from ..files import open_atomically
+
 _SUPPORTED_TRANSFORMS = (T.NoOpTransform, T.ResizeTransform, T.HFlipTransform, T.VFlipTransform, T.CropTransform)
 
 
@@ -38,13 +40,8 @@ def save_mask_proposals(path: str | os.PathLike, boxes: np.ndarray, masks: np.nd
         "scores": np.asarray(scores, np.float32),
     }
     _check(arrays, path)
-    part = Path(f"{os.fspath(path)}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with open_atomically(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def load_mask_proposals(path: str | os.PathLike, limit: int | None = None) -> Instances:

@@ -9,6 +9,8 @@ from typing import Any
 
 from detectron2.evaluation import COCOEvaluator
 
+from ..files import open_atomically
+
 try:
     from faster_coco_eval import COCOeval_faster
 except ImportError:
@@ -37,9 +39,8 @@ class FasterCOCOEvaluator(COCOEvaluator):
         results = self._with_category_ids(results)
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
+            with open_atomically(path, "w", encoding="utf-8") as file:
                 json.dump(results, file)
-            os.replace(path + ".tmp", path)
         self._logger.info("Evaluating predictions with faster-coco-eval ...")
         for task in tasks:
             # Detectron2 reports no predictions at all as NaN.

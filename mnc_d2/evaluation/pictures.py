@@ -12,6 +12,8 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 
+from ..files import open_atomically
+
 _PANEL_WIDTH = 640  # pixels, at least
 
 
@@ -49,8 +51,8 @@ class PredictionPictures(DatasetEvaluator):
         picture = np.concatenate((truth.get_image(), predicted.get_image()), axis=1)
         name = os.path.splitext(os.path.basename(record["file_name"]))[0] + ".png"
         path = os.path.join(self._output_dir, name)
-        Image.fromarray(picture).save(path + ".tmp", format="PNG")
-        os.replace(path + ".tmp", path)
+        with open_atomically(path) as file:
+            Image.fromarray(picture).save(file, format="PNG")
 
     def _visualizer(self, image: np.ndarray) -> Visualizer:
         # Small images are enlarged, so that labels do not hide them.

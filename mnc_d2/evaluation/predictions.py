@@ -14,6 +14,8 @@ import pycocotools.mask as mask_util
 import torch
 from detectron2.structures import Instances
 
+from ..files import open_atomically
+
 
 @dataclass
 class ImagePredictions:
@@ -86,14 +88,12 @@ def write_coco_results(path: str, predictions: Mapping[Any, ImagePredictions], c
         category_ids: the dataset's own id of each class.
     """
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open_atomically(path, "w", encoding="utf-8") as file:
         separator = "[\n"
         for record in _records(predictions, category_ids):
             file.write(separator + json.dumps(record))
             separator = ",\n"
         file.write("\n]\n" if separator == ",\n" else "[]\n")
-    os.replace(temporary, path)
 
 
 def _records(predictions: Mapping[Any, ImagePredictions], category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:

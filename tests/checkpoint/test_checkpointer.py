@@ -358,3 +358,21 @@ def test_the_trainer_saves_and_loads_with_this_checkpointer(small_config, coco_d
     assert resumed.start_iter == 4
     for name, x in resumed.model.state_dict().items():
         assert torch.equal(x, trainer.model.state_dict()[name]), name
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    checkpointer = MNCCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    checkpointer.save("model_final")
+    before = (tmp_path / "model_final.pth").read_bytes()
+    save = torch.save
+
+    def save_half(data, file):
+        save(data, file)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", save_half)
+    torch.nn.init.zeros_(checkpointer.model.weight)
+    with pytest.raises(OSError, match="No space left"):
+        checkpointer.save("model_final")
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["last_checkpoint", "model_final.pth"]

@@ -215,8 +215,8 @@ def test_a_missing_package_is_named_with_how_to_install_it(tmp_path, monkeypatch
 
 
 def test_a_failure_leaves_no_file(tmp_path, layers, monkeypatch):
-    def fail(state, path):
-        open(path, "w").close()
+    def fail(state, file):
+        file.write(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", fail)

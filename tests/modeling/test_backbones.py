@@ -37,7 +37,11 @@ def test_unshared_backbones_name_the_features_of_each(cfg):
     assert not torch.equal(features["boxes.p2"], features["masks.p2"])
 
 
-LOSSES = {"boxes": ["loss_rpn_cls", "loss_rpn_loc"], "masks": ["loss_mask"], "categories": ["loss_cls", "loss_seg_cls"]}
+LOSSES = {
+    "boxes": ["loss_rpn_cls", "loss_rpn_loc", "loss_rpn_roi_cls", "loss_rpn_roi_loc"],
+    "masks": ["loss_mask"],
+    "categories": ["loss_cls", "loss_seg_cls"],
+}
 
 
 @pytest.mark.parametrize("task", LOSSES)

@@ -94,7 +94,8 @@ def test_losses_have_the_names_of_stages_1_to_5(model):
     losses = model.train()(make_inputs())
     per_pass = ["loss_mask_s{}", "loss_cls_s{}", "loss_seg_cls_s{}", "loss_box_reg_s{}"]
     names = [name.format(s + ("mask" not in name)) for s in (2, 4) for name in per_pass]
-    assert set(losses) == {"loss_rpn_cls", "loss_rpn_loc", *names}
+    of_rpn = {"loss_rpn_cls", "loss_rpn_loc", "loss_rpn_roi_cls", "loss_rpn_roi_loc"}
+    assert set(losses) == {*of_rpn, *names}
 
 
 def test_a_batch_of_two_detects_what_each_image_alone_does(model):

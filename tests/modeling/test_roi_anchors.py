@@ -90,3 +90,10 @@ def test_a_model_adds_the_loss_if_its_config_says_so(small_config, proposal_grad
         losses = model(make_inputs())
     (gradient,) = torch.autograd.grad(losses["loss_rpn_roi_cls"], model.proposal_generator.rpn_head.conv.weight)
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("overrides", [{"MODEL.MNC.ROI_ANCHOR_LOSS": False}, {"MODEL.PROPOSAL_GENERATOR.NAME": "RPN"}])
+def test_without_the_switch_or_without_anchors_to_tell_of_there_is_no_such_loss(small_config, overrides):
+    with EventStorage():
+        losses = build_model(small_config(**overrides))(make_inputs())
+    assert not any("rpn_roi" in name for name in losses)

@@ -18,6 +18,7 @@ import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
+from ...files import open_atomically
 from ..coco import EXIF_ORIENTATION
 from ..shapes import datasets_root
 from ..voc import VOC_CLASSES
@@ -186,7 +187,7 @@ def write_dataset(
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)],
         "categories": [{"id": i, "name": name} for i, name in enumerate(VOC_CLASSES, start=1)],
     }
-    _write_atomically(json_file, json.dumps(dataset))
+    _write(json_file, json.dumps(dataset))
     with contextlib.suppress(FileNotFoundError):
         os.remove(report)  # of an earlier run
     logger.info(f"{json_file}: {len(images)} images, {len(annotations)} annotations")
@@ -220,7 +221,7 @@ def _log_notes(images: list[ConvertedImage], missing: list[str]) -> None:
 
 
 def _raise_problems(json_file: str, report: str, problems: list[str], missing: list[str]) -> None:
-    _write_atomically(report, "\n".join([*problems, *missing]) + "\n")
+    _write(report, "\n".join([*problems, *missing]) + "\n")
     lines = [f"{json_file} was not written: {len(problems)} problems, {len(missing)} images with missing files."]
     lines += [f"  {line}" for line in [*problems[:10], *missing[:10]]]
     lines.append(f"All are listed in {report}.")
@@ -231,16 +232,10 @@ def _raise_problems(json_file: str, report: str, problems: list[str], missing: l
     raise ValueError("\n".join(lines))
 
 
-def _write_atomically(path: str, text: str) -> None:
+def _write(path: str, text: str) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    scratch = f"{path}.tmp-{os.getpid()}"
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(scratch, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(scratch)
+    with open_atomically(path, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def prepare_each(json_files: dict[str, str], convert: Callable[[str], None], partial: bool, force: bool) -> None:

@@ -222,7 +222,8 @@ class MNCROIHeads(ROIHeads):
                 if self.proposal_append_gt:
                     boxes = _append_boxes(boxes, targets)
                 labelled = first_proposals = self.label_proposals(boxes, targets, sample=True)
-                if self.roi_anchor_loss is not None:
+                # Other RPNs than CausalRPN, and proposals from files, have no anchors to tell of.
+                if self.roi_anchor_loss is not None and all(x.has("anchor_logits") for x in proposals):
                     losses.update(self.roi_anchor_loss(proposals, labelled, self.num_classes))
             else:
                 if self.append_gt_to_later_passes:
