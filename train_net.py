@@ -6,6 +6,7 @@
     torchrun --nproc_per_node 8 train_net.py --config-file ...
 
 The arguments are those of Detectron2's own train_net.py, and --dataset, which registers a dataset in COCO format.
+--config-file is a file, or the name of one of this project's configs, such as quickstart/mnc_R_18_FPN.yaml.
 """
 
 from __future__ import annotations
@@ -13,18 +14,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-from mnc_d2 import add_mnc_config
 from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.data import num_classes_from_datasets, prepare_dataset, register_coco_dataset
 from mnc_d2.engine import (
@@ -36,6 +34,7 @@ from mnc_d2.engine import (
     started_by_torchrun,
 )
 from mnc_d2.evaluation import evaluation_protocol
+from mnc_d2.model_zoo import get_config_file, load_config
 
 EPILOG = """
 several processes:
@@ -72,14 +71,7 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError, FileNotFoundError: a dataset, the config file or a key is wrong; the message says which.
     """
-    cfg = get_cfg()
-    add_mnc_config(cfg)
-    if args.config_file:
-        if not os.path.isfile(args.config_file):
-            raise FileNotFoundError(f"The config file {args.config_file} does not exist.")
-        # YAML tags that build Python objects would run code.
-        _merge(partial(cfg.merge_from_file, allow_unsafe=False), args.config_file, where=args.config_file)
-    _merge(cfg.merge_from_list, args.opts, where="KEY VALUE overrides")
+    cfg = load_config(args.config_file, args.opts)
     weights = cfg.MODEL.WEIGHTS
     if args.eval_only and not args.resume and not weights:
         raise ValueError("There is nothing to evaluate: add MODEL.WEIGHTS and the path of a checkpoint, or --resume.")
@@ -111,16 +103,6 @@ def count_processes(args: argparse.Namespace) -> tuple[int, int]:
     return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
 
 
-def _merge(merge: Callable, source: str | list[str], where: str) -> None:
-    """Call ``merge(source)``; what is wrong with the source becomes a ValueError that says where."""
-    try:
-        merge(source)
-    except OSError:
-        raise
-    except Exception as error:  # yacs and yaml raise all kinds: a failed assertion, KeyError, YAMLError, ...
-        raise ValueError(f"{where}: {error}") from error
-
-
 def find_mistake(args: argparse.Namespace) -> str | None:
     """Return what is wrong with the input of a run, in one sentence, or None; draw the shapes if they are used."""
     try:
@@ -135,6 +117,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
 def main(args: argparse.Namespace) -> None:
     """Run one process of the training or evaluation, which has joined the others, and part from them."""
     cfg = build_config(args)
+    args.config_file = args.config_file and get_config_file(args.config_file)  # of which Detectron2 logs the text
     default_setup(cfg, args)
     # That gives handlers to Detectron2's loggers only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mnc_d2")

@@ -13,19 +13,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 from tqdm import tqdm
-from yaml import YAMLError
 
-from .config import add_mnc_config
 from .engine import check_device
 from .files import open_atomically
-from .model_zoo import get_config_file
+from .model_zoo import load_config
 from .predictor import MNCPredictor
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -71,18 +69,7 @@ def build_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
         FileNotFoundError: there is no such config, or MODEL.WEIGHTS do not exist.
         ValueError: the file or an override is wrong, there are no MODEL.WEIGHTS, or the machine has no MODEL.DEVICE.
     """
-    cfg = get_cfg()
-    add_mnc_config(cfg)
-    file = config_file if os.path.isfile(config_file) else get_config_file(config_file)
-    try:
-        # YAML tags that build Python objects would run code.
-        cfg.merge_from_file(file, allow_unsafe=False)
-    except (AssertionError, KeyError, YAMLError) as error:
-        raise ValueError(f"{file}: {error}") from error
-    try:
-        cfg.merge_from_list(list(overrides))
-    except (AssertionError, KeyError) as error:
-        raise ValueError(f"KEY VALUE overrides: {error}") from error
+    cfg = load_config(config_file, overrides)
     weights = cfg.MODEL.WEIGHTS
     if not weights:
         raise ValueError("The model has no weights: add MODEL.WEIGHTS and their path.")

@@ -315,8 +315,16 @@ def test_no_code_of_a_config_file_or_its_base_is_run(configure, tmp_path, where)
 
 
 def test_missing_config_file_is_named(configure, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"There is no config file .*none\.yaml'"):
         configure("--config-file", tmp_path / "none.yaml")
+
+
+def test_a_config_is_found_by_name(configure, coco_dataset):
+    by_name, by_file = (
+        configure("--config-file", name, "--dataset", "drawn", *coco_dataset, *DRAWN)
+        for name in ("quickstart/mnc_R_18_FPN.yaml", CONFIG)
+    )
+    assert by_name == by_file
 
 
 def test_missing_checkpoint_is_named(configure, tmp_path):

@@ -1,12 +1,16 @@
 """The configs of this project by name, from a clone or an installed wheel."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_mnc_config
 
-__all__ = ["get_config", "get_config_file"]
+__all__ = ["get_config", "get_config_file", "load_config"]
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the configs beside this file; a clone has them at its top.
@@ -17,21 +21,51 @@ def get_config_file(name: str) -> str:
     """Return the path of a config.
 
     Args:
-        name: path relative to configs/, such as "quickstart/mnc_R_18_FPN.yaml".
+        name: path relative to configs/, such as "quickstart/mnc_R_18_FPN.yaml"; or a file, which is returned as it is.
 
     Raises:
         FileNotFoundError: there is no such config; the message lists those there are.
     """
+    if os.path.isfile(name):
+        return name
     for root in _ROOTS:
         if (root / name).is_file():
             return str(root / name)
     known = sorted({str(path.relative_to(root)) for root in _ROOTS for path in root.rglob("*.yaml")})
-    raise FileNotFoundError(f"There is no config {name!r}. Configs: {', '.join(known)}")
+    raise FileNotFoundError(f"There is no config file {name!r}, nor a config of that name. Known: {', '.join(known)}")
 
 
 def get_config(name: str) -> CfgNode:
     """Return a config by name, as :func:`get_config_file` finds it, with MNC's keys added and not frozen."""
+    return load_config(get_config_file(name))
+
+
+def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """Return a config with MNC's keys, not frozen.
+
+    Args:
+        name_or_file: a YAML file, or the name of one of this project's configs as :func:`get_config_file` takes it; ""
+            for the defaults.
+        overrides: KEY VALUE pairs.
+
+    Raises:
+        FileNotFoundError: there is no such file, nor a config of that name; or a file that it inherits from is missing.
+        ValueError: the file or an override is wrong; the message says where. YAML tags that build Python objects, which
+            would run code, are among what is wrong.
+    """
     cfg = get_cfg()
     add_mnc_config(cfg)
-    cfg.merge_from_file(get_config_file(name), allow_unsafe=False)
+    if name_or_file:
+        file = get_config_file(name_or_file)
+        try:
+            cfg.merge_from_file(file, allow_unsafe=False)
+        except OSError:
+            raise
+        except Exception as error:  # yacs and yaml raise all kinds: a failed assertion, KeyError, YAMLError, ...
+            raise ValueError(f"{file}: {error}") from error
+    try:
+        cfg.merge_from_list(list(overrides))
+    except Exception as error:  # as above
+        raise ValueError(f"KEY VALUE overrides: {error}") from error
     return cfg
+
