@@ -155,7 +155,7 @@ def test_a_step_in_mixed_precision(trainer, precision, dtype):
         scaler.load_state_dict({**scaler.state_dict(), "scale": 64.0})
     trainer.train()
     assert set(hidden) == {dtype}
-    assert len(losses) == 10
+    assert len(losses) == 12
     assert {x.dtype for x in losses.values()} == {torch.float32}
     assert all(x.isfinite() for x in losses.values())
     assert [name for name, x in model.named_parameters() if x.equal(before[name])] == []
