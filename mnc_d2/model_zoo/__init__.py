@@ -68,4 +68,3 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     except Exception as error:  # as above
         raise ValueError(f"KEY VALUE overrides: {error}") from error
     return cfg
-

@@ -92,9 +92,13 @@ class CausalRPN(RPN):
             True,
         )
         if self.roi_anchor_loss:
-            attach_anchors(
-                selected,
-                torch.cat([x.tensor for x in anchors]),
-                *(torch.cat(x, dim=1) for x in (decoded, pred_objectness_logits, pred_anchor_deltas)),
-            )
+            # Only the best anchors of each level became candidates.
+            best = [x.topk(min(x.shape[1], self.pre_nms_topk[True]), dim=1).indices for x in pred_objectness_logits]
+            per_anchor = ([x.tensor.expand(count, -1, -1) for x in anchors], decoded, pred_objectness_logits)
+            image = torch.arange(count, device=best[0].device)[:, None]
+            chosen = [
+                torch.cat([level[image, i] for level, i in zip(levels, best)], dim=1)
+                for levels in (*per_anchor, pred_anchor_deltas)
+            ]
+            attach_anchors(selected, *chosen)
         return selected

@@ -25,17 +25,20 @@ def attach_anchors(
     Args:
         proposals: N, with ``proposal_boxes`` and ``objectness_logits``; they are given ``anchor_boxes`` (P, 4),
             ``anchor_logits`` (P,) and ``anchor_deltas`` (P, 4), the latter two with their gradients.
-        anchors: (A, 4), of all levels.
-        boxes, logits, deltas: (N, A, 4), (N, A), (N, A, 4): decoded boxes and predictions of all anchors.
+        anchors, boxes, logits, deltas: (N, A, 4), (N, A, 4), (N, A), (N, A, 4): the anchors that proposals were chosen
+            from, their decoded boxes, and what is predicted for them.
     """
-    for proposal, boxes_of_image, logits_of_image, deltas_of_image in zip(proposals, boxes.detach(), logits, deltas):
+    for proposal, anchors_of_image, boxes_of_image, logits_of_image, deltas_of_image in zip(
+        proposals, anchors, boxes.detach(), logits, deltas
+    ):
         clipped = Boxes(boxes_of_image.clone())
         clipped.clip(proposal.image_size)
-        # Equal logits may be a coincidence; equal boxes too would have been suppressed by NMS.
-        found, anchor = (proposal.objectness_logits[:, None] == logits_of_image.detach()).nonzero(as_tuple=True)
-        same = (proposal.proposal_boxes.tensor[found] == clipped.tensor[anchor]).all(dim=1)
-        index = anchor.new_zeros(len(proposal)).index_put((found[same],), anchor[same])
-        proposal.anchor_boxes = anchors[index]
+        # Equal logits alone may be a coincidence; of equal boxes with equal logits, NMS leaves one.
+        same = proposal.objectness_logits[:, None] == logits_of_image.detach()  # (P, A)
+        for corner, anchor_corner in zip(proposal.proposal_boxes.tensor.T, clipped.tensor.T):
+            same &= corner[:, None] == anchor_corner
+        index = same.to(torch.uint8).argmax(dim=1)
+        proposal.anchor_boxes = anchors_of_image[index]
         proposal.anchor_logits = logits_of_image[index]
         proposal.anchor_deltas = deltas_of_image[index]
 

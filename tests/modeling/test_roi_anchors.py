@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from modeling.inputs import make_inputs
 
@@ -27,7 +27,7 @@ def make_proposals(order=(2, 0, 1)):
     proposals.proposal_boxes = Boxes(boxes[list(order)].clone())
     proposals.proposal_boxes.clip(SIZE)
     proposals.objectness_logits = logits[0, list(order)].detach()
-    attach_anchors([proposals], ANCHORS, boxes[None], logits, deltas)
+    attach_anchors([proposals], ANCHORS[None], boxes[None], logits, deltas)
     return proposals, logits, deltas
 
 
@@ -80,6 +80,25 @@ def test_loss_without_rois_is_zero():
     nothing = make_sampled([3], [0], [[1.0, 1.0, 5.0, 5.0]])[[]]
     losses = make_loss()([proposals], [nothing], num_classes=2)
     assert {name: float(loss) for name, loss in losses.items()} == {"loss_rpn_roi_cls": 0, "loss_rpn_roi_loc": 0}
+
+
+def test_proposals_of_a_model_are_what_their_anchors_and_deltas_give(small_config):
+    torch.manual_seed(0)
+    # So few candidates a level that the best of them matter.
+    rpn = build_model(small_config(**{"MODEL.RPN.PRE_NMS_TOPK_TRAIN": 40})).proposal_generator
+    torch.nn.init.normal_(rpn.rpn_head.anchor_deltas.weight, std=0.2)
+    features = {f"p{i}": torch.rand(2, 32, 96 // 2**i, 96 // 2**i) for i in range(2, 7)}
+    images, targets = (
+        ImageList(torch.zeros(2, 3, 96, 96), [(96, 96), (80, 90)]),
+        [x["instances"] for x in make_inputs()],
+    )
+    with EventStorage():
+        proposals, _ = rpn(images, features, targets)
+    for proposal in proposals:
+        boxes = Boxes(rpn.box2box_transform.apply_deltas(proposal.anchor_deltas, proposal.anchor_boxes))
+        boxes.clip(proposal.image_size)
+        assert len(boxes) > 10 and torch.equal(boxes.tensor, proposal.proposal_boxes.tensor)
+        assert torch.equal(proposal.anchor_logits, proposal.objectness_logits)
 
 
 @pytest.mark.parametrize("proposal_gradient", [True, False])
