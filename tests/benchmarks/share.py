@@ -22,10 +22,8 @@ MIN_SCORES = (0.01, 0.02, 0.05)
 
 
 @torch.no_grad()
-def first_pass_scores(cfg: CfgNode) -> torch.Tensor:
+def first_pass_scores(model: torch.nn.Module, cfg: CfgNode) -> torch.Tensor:
     """Return what decides whether a box goes on, for the boxes of all images."""
-    model = MNCTrainer.build_model(cfg).eval()
-    MNCCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     scores = []
     for inputs in MNCTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]):
         images = model.preprocess_image(inputs)
@@ -39,7 +37,9 @@ def main() -> None:
     cfg = train_net.build_config(train_net.argument_parser().parse_args()).clone()
     cfg.defrost()
     cfg.MODEL.MNC.NUM_PASSES_TEST = 1
-    scores = first_pass_scores(cfg)
+    model = MNCTrainer.build_model(cfg).eval()
+    MNCCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    scores = first_pass_scores(model, cfg)
     shares = {str(x): round((scores >= x).float().mean().item(), 3) for x in MIN_SCORES}
     print(json.dumps({"dataset": cfg.DATASETS.TEST[0], "boxes": len(scores), "share": shares}))
 
