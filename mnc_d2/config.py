@@ -34,7 +34,7 @@ def add_mnc_config(cfg: CN) -> None:
     mnc.UNSHARED_BACKBONE = "build_resnet_backbone"
 
     # Where a later stage's loss flows back through an earlier stage's output (the causal gradients of section 3). The
-    # defaults are what measured best; configs/Base-paper.yaml has the released code's rules.
+    # defaults are this project's, docs/causal-gradients.md says why; configs/Base-paper.yaml has the released code's.
     # RPN boxes -> first pass:
     mnc.PROPOSAL_GRADIENT = True
     # Boxes that a pass regressed -> next pass:
