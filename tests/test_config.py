@@ -17,18 +17,22 @@ KEYS = {
     "NUM_PASSES_TRAIN": ("num_passes_train", 3),
     "NUM_PASSES_TEST": ("num_passes_test", 1),
     "APPEND_GT_TO_LATER_PASSES": ("append_gt_to_later_passes", True),
-    "REFILL_BACKGROUND": ("refill_background", False),
-    "DETECTION_BOX": ("detection_box", "tight"),
-    "BACKGROUND_IOU_BANDS": ("background_bands", [[0.0, 0.5]]),
-    "BACKGROUND_FRACTIONS": ("background_fractions", [1.0]),
-    "MASK_TARGET_THRESHOLD": ("mask_target_threshold", 0.4),
-    "MASK_THRESHOLD": ("mask_threshold", 0.45),
-    "MASK_IOU_THRESHOLD": ("mask_iou_threshold", 0.6),
-    "MASK_LOSS_WEIGHT": ("mask_loss_weight", 2.0),
     "NEXT_BOX_BACKGROUND": ("next_box_background", False),
-    "VOTING_IOU_THRESHOLD": ("voting_iou_threshold", 0.7),
+    "NEXT_PASS_MIN_SCORE": ("next_pass_min_score", 0.1),
 }
 
+# Those that reach an argument of its parts: how the part is found, its argument, and a value that is not the default.
+KEYS_OF_PARTS = {
+    "REFILL_BACKGROUND": (lambda heads: heads.sample.keywords, "refill", False),
+    "BACKGROUND_IOU_BANDS": (lambda heads: heads.sample.keywords, "bands", [[0.0, 0.5]]),
+    "BACKGROUND_FRACTIONS": (lambda heads: heads.sample.keywords, "band_fractions", [1.0]),
+    "DETECTION_BOX": (lambda heads: heads.vote.keywords, "detection_box", "tight"),
+    "VOTING_IOU_THRESHOLD": (lambda heads: heads.vote.keywords, "voting_iou_threshold", 0.7),
+    "MASK_THRESHOLD": (lambda heads: heads.vote.keywords, "mask_threshold", 0.45),
+    "MASK_TARGET_THRESHOLD": (lambda heads: vars(heads.mask_supervision), "target_threshold", 0.4),
+    "MASK_IOU_THRESHOLD": (lambda heads: vars(heads.mask_supervision), "iou_threshold", 0.6),
+    "MASK_LOSS_WEIGHT": (lambda heads: vars(heads.mask_supervision), "loss_weight", 2.0),
+}
 
 # Those of the causal gradients.
 GRADIENT_KEYS = {
@@ -84,6 +88,26 @@ def test_every_switch_reaches_the_cascade(cfg, key, argument, value):
     assert getattr(build(cfg), argument) == value
 
 
+@pytest.mark.parametrize(
+    ("key", "part", "argument", "value"), [(key, *x) for key, x in KEYS_OF_PARTS.items()], ids=KEYS_OF_PARTS.keys()
+)
+def test_every_switch_reaches_the_parts_of_the_cascade(cfg, key, part, argument, value):
+    assert part(build(cfg))[argument] == cfg.MODEL.MNC[key] != value
+    cfg.MODEL.MNC[key] = value
+    assert part(build(cfg))[argument] == value
+
+
+def test_labels_of_masks_have_the_threshold_of_the_results(cfg):
+    cfg.MODEL.MNC.MASK_THRESHOLD = 0.45
+    assert build(cfg).mask_supervision.mask_threshold == 0.45
+
+
+def test_an_unknown_detection_box_is_an_error_that_names_the_key(cfg):
+    cfg.MODEL.MNC.DETECTION_BOX = "loose"
+    with pytest.raises(ValueError, match="MODEL.MNC.DETECTION_BOX must be.*loose"):
+        build(cfg)
+
+
 @pytest.mark.parametrize(("key", "value"), GRADIENT_KEYS.items(), ids=GRADIENT_KEYS.keys())
 def test_every_switch_of_the_causal_gradients_reaches_the_cascade(cfg, key, value):
     assert getattr(build(cfg).gradients, key.lower()) == cfg.MODEL.MNC[key] != value
@@ -95,15 +119,15 @@ def test_sizes_reach_the_heads(cfg):
     cfg.MODEL.MNC.MASK_SIZE, cfg.MODEL.MNC.MASK_FC_DIM = 21, 12
     cfg.MODEL.MNC.ROI_WARP_SAMPLING = "caffe"
     heads = build(cfg)
-    assert heads.pooler.sampling == "caffe"
-    assert heads.mask_head.fc1.weight.shape == (12, 4 * 14 * 14)
-    assert heads.mask_head(torch.zeros(1, 4, 14, 14)).shape == (1, 21, 21)
+    assert heads.pooler.pooler.sampling == "caffe"
+    assert heads.passes[0].mask_head.fc1.weight.shape == (12, 4 * 14 * 14)
+    assert heads.passes[0].mask_head(torch.zeros(1, 4, 14, 14)).shape == (1, 21, 21)
 
 
 def test_the_two_paths_have_weights_of_their_own(cfg):
     heads = build(cfg)
-    assert heads.mask_path_head is not heads.box_path_head
-    assert heads.predictor.cls_score.in_features == 16
+    assert heads.passes[0].classifier.mask_path_head is not heads.passes[0].classifier.box_path_head
+    assert heads.passes[0].classifier.predictor.cls_score.in_features == 16
 
 
 @pytest.mark.parametrize("shape", [ShapeSpec(channels=4, stride=8), ShapeSpec(channels=8, stride=16)], ids=str)
@@ -117,10 +141,8 @@ def test_passes_that_share_nothing_have_heads_of_their_own(cfg):
     cfg.MODEL.MNC.SHARE_PASSES = False
     cfg.MODEL.MNC.NUM_PASSES_TRAIN = 3
     heads = build(cfg)
-    for modules in (heads.mask_head, heads.mask_path_head, heads.box_path_head, heads.predictor):
-        assert len(modules) == 3 and len({id(x) for module in modules for x in module.parameters()}) == len(
-            list(modules.parameters())
-        )
+    of_each = [list(heads_of_pass.parameters()) for heads_of_pass in heads.passes]
+    assert len(of_each) == 3 and len({id(x) for of_pass in of_each for x in of_pass}) == sum(map(len, of_each))
 
 
 def flatten(node, prefix=""):

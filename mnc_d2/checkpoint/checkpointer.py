@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,7 @@ from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from tabulate import tabulate
 
 from ..files import open_atomically
-from .conversion import convert_torchvision_vgg16, copy_to_all
+from .conversion import convert_torchvision_vgg16, copy_to_all, rename_heads_of_passes
 
 
 class MNCCheckpointer(DetectionCheckpointer):
@@ -57,6 +58,8 @@ class MNCCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]):
         """Bring the names in the checkpoint to those of the model, then load as Detectron2 does."""
         model_keys = list(self.model.state_dict())
+        if any(key.startswith("roi_heads.passes.") for key in model_keys):
+            checkpoint["model"] = rename_heads_of_passes(checkpoint["model"], model_keys)
         checkpoint["model"] = convert_torchvision_vgg16(checkpoint["model"], model_keys)
         if checkpoint.get("matching_heuristics", False):
             self._convert_ndarray_to_tensor(checkpoint["model"])
@@ -99,6 +102,6 @@ class _AtomicWrites:
 
 
 def _module_of(key: str) -> str:
-    """Return the part of the model that a parameter belongs to: "backbone", "roi_heads.mask_head", ..."""
-    parts = key.split(".")[:-1]
-    return ".".join(parts[: 2 if parts[:1] == ["roi_heads"] else 1]) or key
+    """Return the part that a parameter belongs to: "backbone", "roi_heads.box_head", "roi_heads.passes.0.mask_head"."""
+    match = re.match(r"(roi_heads\.passes\.\d+\.(?:classifier\.)?\w+|roi_heads\.\w+|\w+)\.", key)
+    return match[1] if match else key

@@ -8,11 +8,14 @@ from collections.abc import Iterable
 
 import torch
 
-# What a model may have several times. A box head: that of Detectron2's heads, or one of the classifier's two paths;
-# possibly one per pass of the cascade. A backbone: one for each task, where tasks share nothing.
+# What a model may have several times. A box head: that of Detectron2's heads, or one of the classifier's two paths in
+# each pass of the cascade. A backbone: one for each task, where tasks share nothing.
 _COPY = re.compile(
-    r"(?:roi_heads\.(?:mask_path_head|box_path_head|box_head)\.(?:\d+\.)?|backbone\.backbones\.\w+\.)(?P<name>.+)"
+    r"(?:roi_heads\.(?:passes\.\d+\.classifier\.(?:mask_path_head|box_path_head)|box_head)\.|"
+    r"backbone\.backbones\.\w+\.)(?P<name>.+)"
 )
+# Names before the heads of a pass were one module; the number is that of the pass, unless all passes had one.
+_BEFORE_PASSES = re.compile(r"roi_heads\.(mask_head|mask_path_head|box_path_head|predictor)\.(?:(\d+)\.)?(.+)")
 
 # Torchvision numbers the layers of VGG-16, ReLU and pooling included.
 _VGG16_CONVS = {
@@ -31,6 +34,28 @@ _VGG16_CONVS = {
     "features.28": "conv5_3",
 }
 _VGG16_FCS = {"classifier.0": "fc1", "classifier.3": "fc2"}
+
+
+def rename_heads_of_passes(state_dict: dict[str, torch.Tensor], model_keys: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Rename the parameters of a cascade that was saved before ``roi_heads.passes`` held the heads of each pass.
+
+    Args:
+        state_dict: tensors by name; those of other modules keep their names.
+        model_keys: the names in the model's state dict.
+    """
+    model_keys = set(model_keys)
+    return {_rename_head(key, model_keys): value for key, value in state_dict.items()}
+
+
+def _rename_head(key: str, model_keys: set[str]) -> str:
+    match = _BEFORE_PASSES.fullmatch(key)
+    if match is None:
+        return key
+    head, index, rest = match.groups()
+    module = head if head == "mask_head" else f"classifier.{head}"
+    of_shared = f"roi_heads.passes.0.{module}.{f'{index}.{rest}' if index else rest}"
+    # A number may also be the name of a layer.
+    return of_shared if index is None or of_shared in model_keys else f"roi_heads.passes.{index}.{module}.{rest}"
 
 
 def convert_torchvision_vgg16(

@@ -18,7 +18,7 @@ from ..files import open_atomically
 from .caffe_model import read_caffe_model
 
 # Where the parameters of each layer belong, and the shape of its weight. A bias has one element per row of it.
-_HEADS = "roi_heads"
+_HEADS = "roi_heads.passes.0"
 _RPN = "proposal_generator.rpn_head"
 LAYERS = {
     "conv1_1": ("backbone.conv1_1", (64, 3, 3, 3)),
@@ -39,13 +39,13 @@ LAYERS = {
     "rpn_bbox_pred": (f"{_RPN}.anchor_deltas", (36, 512, 1, 1)),
     "fc6_maskest": (f"{_HEADS}.mask_head.fc1", (256, 512 * 14 * 14)),
     "mask_pred": (f"{_HEADS}.mask_head.fc2", (21 * 21, 256)),
-    "fc6_mask": (f"{_HEADS}.mask_path_head.fc1", (4096, 512 * 7 * 7)),
-    "fc7_mask": (f"{_HEADS}.mask_path_head.fc2", (4096, 4096)),
-    "fc6": (f"{_HEADS}.box_path_head.fc1", (4096, 512 * 7 * 7)),
-    "fc7": (f"{_HEADS}.box_path_head.fc2", (4096, 4096)),
-    "cls_score": (f"{_HEADS}.predictor.cls_score", (21, 8192)),
-    "seg_cls_score": (f"{_HEADS}.predictor.seg_cls_score", (21, 8192)),
-    "bbox_pred": (f"{_HEADS}.predictor.bbox_pred", (84, 8192)),
+    "fc6_mask": (f"{_HEADS}.classifier.mask_path_head.fc1", (4096, 512 * 7 * 7)),
+    "fc7_mask": (f"{_HEADS}.classifier.mask_path_head.fc2", (4096, 4096)),
+    "fc6": (f"{_HEADS}.classifier.box_path_head.fc1", (4096, 512 * 7 * 7)),
+    "fc7": (f"{_HEADS}.classifier.box_path_head.fc2", (4096, 4096)),
+    "cls_score": (f"{_HEADS}.classifier.predictor.cls_score", (21, 8192)),
+    "seg_cls_score": (f"{_HEADS}.classifier.predictor.seg_cls_score", (21, 8192)),
+    "bbox_pred": (f"{_HEADS}.classifier.predictor.bbox_pred", (84, 8192)),
 }
 # Layers of the second pass share the parameters of the first. HDF5 has them once, a binary model may repeat them.
 _SHARED_SUFFIX = "_ext"

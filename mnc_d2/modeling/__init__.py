@@ -1,20 +1,33 @@
 from .backbone import VGG16, TimmBackbone, UnsharedBackbones
 from .caffe import CaffeMultitaskNetworkCascade
 from .causal_gradients import CausalGradients
-from .mask_voting import vote_masks
 from .meta_arch import MultitaskNetworkCascade
-from .poolers import RoIWarpPooler
+from .poolers import CascadePooler, RoIWarpPooler
 from .proposal_generator import CausalRPN
-from .roi_heads import CFMROIHeads, MaskRegressionHead, MNCOutputLayers, MNCROIHeads, Res5BoxHead
+from .roi_heads import (
+    CascadePass,
+    CFMROIHeads,
+    MaskedFeatureClassifier,
+    MaskRegressionHead,
+    MaskSupervision,
+    MNCOutputLayers,
+    MNCROIHeads,
+    Res5BoxHead,
+    vote_masks,
+)
 
 __all__ = [
     "CFMROIHeads",
+    "CascadePass",
+    "CascadePooler",
     "CaffeMultitaskNetworkCascade",
     "CausalGradients",
     "CausalRPN",
     "MNCOutputLayers",
     "MNCROIHeads",
     "MaskRegressionHead",
+    "MaskSupervision",
+    "MaskedFeatureClassifier",
     "MultitaskNetworkCascade",
     "Res5BoxHead",
     "RoIWarpPooler",

@@ -17,7 +17,6 @@ from detectron2.utils.visualizer import Visualizer
 
 from ..data import num_classes_from_datasets
 from ..layers import HALF_PRECISIONS, HalfPrecisionWeights
-from .roi_heads.outputs import describe_pass
 
 
 @META_ARCH_REGISTRY.register()
@@ -80,8 +79,8 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             without ``do_postprocess``, one Instances per image, the "instances" below as the network yields them.
             Else, one dict per image of what MODEL.MNC.OUTPUTS names, in the frame of the image at its original size
             (``height`` and ``width`` of the inputs): "instances", the results of mask voting, or of MNC_box if
-            MODEL.MASK_ON is off; "box_instances", those of MNC_box; "passes", for each pass what it says of its boxes
-            (see :func:`~mnc_d2.modeling.roi_heads.outputs.describe_pass`).
+            MODEL.MASK_ON is off; "box_instances", those of MNC_box; "passes", for each pass what it says of its boxes,
+            see :meth:`~mnc_d2.modeling.roi_heads.outputs.PassOutput.describe`.
         """
         dtype = HALF_PRECISIONS.get(self.inference_precision)
         if dtype is None:
@@ -100,12 +99,36 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
     def _infer(
         self, batched_inputs: list[dict], detected_instances: list[Instances] | None, do_postprocess: bool
     ) -> list[dict] | list[Instances]:
-        if detected_instances is None and do_postprocess and self.outputs != ["instances"]:
-            return self._infer_more_outputs(batched_inputs)
-        results = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        if detected_instances is not None:
+            instances = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+            if not do_postprocess:
+                return instances
+            return [{"instances": self._postprocess_one(*of_image)} for of_image in zip(batched_inputs, instances)]
+        features, proposals = self.propose(batched_inputs)
+        results = self.roi_heads.detect(features, proposals, self.outputs if do_postprocess else ["instances"])
         if not do_postprocess:
-            return results
-        return [{"instances": self._postprocess_one(x, result)} for x, result in zip(batched_inputs, results)]
+            return results["instances"]
+        return [
+            {name: self._postprocess_output(inputs, output) for name, output in zip(results, of_image)}
+            for inputs, of_image in zip(batched_inputs, zip(*results.values()))
+        ]
+
+    def propose(self, batched_inputs: list[dict]) -> tuple[dict[str, torch.Tensor], list[Instances]]:
+        """Stage 1 at inference.
+
+        Args:
+            batched_inputs: as in :meth:`forward`.
+
+        Returns:
+            the backbone's feature maps by name; and one Instances per image with ``proposal_boxes``, in pixels of the
+            network's input, those of the inputs where the model has no RPN.
+        """
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        if self.proposal_generator is None:
+            return features, [x["proposals"].to(self.device) for x in batched_inputs]
+        proposals, _ = self.proposal_generator(images, features, None)
+        return features, proposals
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """As ``GeneralizedRCNN.preprocess_image``; at inference in channels_last, which convolutions prefer."""
@@ -114,29 +137,11 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
         return images
 
-    def _infer_more_outputs(self, batched_inputs: list[dict]) -> list[dict]:
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        if self.proposal_generator is None:
-            proposals = [x["proposals"].to(self.device) for x in batched_inputs]
-        else:
-            proposals, _ = self.proposal_generator(images, features, None)
-        passes = self.roi_heads.run_passes(features, proposals)
-        sizes = images.image_sizes
-        heads = self.roi_heads
-        per_output = {}
-        if not heads.mask_on or "box_instances" in self.outputs:
-            per_output["box_instances"] = heads.detect_boxes(passes, sizes)
-        per_output["instances"] = (
-            heads.detect_instances(passes, sizes) if heads.mask_on else per_output["box_instances"]
-        )
-        described = zip(*(describe_pass(output, sizes) for output in passes))
-        processed = []
-        for index, (inputs, passes_of_image) in enumerate(zip(batched_inputs, described)):
-            result = {name: self._postprocess_one(inputs, x[index]) for name, x in per_output.items()}
-            result["passes"] = [self._resize_boxes(inputs, x) for x in passes_of_image]
-            processed.append({name: result[name] for name in self.outputs})
-        return processed
+    def _postprocess_output(self, inputs: dict, output: Instances | list[Instances]) -> Instances | list[Instances]:
+        """Bring detections, or what each pass says of its boxes, to the size of the image."""
+        if isinstance(output, list):
+            return [self._resize_boxes(inputs, of_pass) for of_pass in output]
+        return self._postprocess_one(inputs, output)
 
     def _resize_boxes(self, inputs: dict, result: Instances) -> Instances:
         """As :meth:`_postprocess_one`, but all boxes are kept, in their order, also those outside the image."""

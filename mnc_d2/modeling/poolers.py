@@ -1,5 +1,7 @@
 """Pooling of RoI features from one or more feature maps, with gradients to the boxes."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -66,3 +68,43 @@ class RoIWarpPooler(nn.Module):
         return roi_warp_pyramid(
             features, rois, levels, self.output_size, self.scales, self.sampling, max_pool=self.sampling_ratio == 2
         )
+
+
+class CascadePooler(nn.Module):
+    """Pools the features of boxes for the mask head and for the classifier, from the same maps or from others."""
+
+    def __init__(
+        self, pooler: RoIWarpPooler, in_features: Sequence[str], mask_in_features: Sequence[str] | None = None
+    ) -> None:
+        """
+        Args:
+            pooler: RoI warp to S x S.
+            in_features: names of the feature maps that the classifier pools from.
+            mask_in_features: those that the mask head pools from; by default the same.
+        """
+        super().__init__()
+        self.pooler = pooler
+        self.in_features = list(in_features)
+        self.mask_in_features = list(mask_in_features or in_features)
+
+    @property
+    def output_size(self) -> int:
+        """S."""
+        return self.pooler.output_size
+
+    def forward(
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes], index: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            features: the feature maps (N, C, H, W) by name.
+            boxes: one per image, in image pixels; R in all.
+            index: of the pass, from 0; here it makes no difference.
+
+        Returns:
+            (R, C, S, S) for the mask head, and the same for the classifier.
+        """
+        pooled = self.pooler([features[name] for name in self.in_features], boxes)
+        if self.mask_in_features == self.in_features:
+            return pooled, pooled
+        return self.pooler([features[name] for name in self.mask_in_features], boxes), pooled

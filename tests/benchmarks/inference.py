@@ -55,7 +55,7 @@ def prepare(cfg: CfgNode, device: str) -> nn.Module:
     model = build_model(cfg)
     # As they are initialised, the scores of all boxes are nearly the same.
     heads = model.roi_heads
-    predictor = heads.predictor if hasattr(heads, "predictor") else heads.box_predictor
+    predictor = heads.passes[0].classifier.predictor if hasattr(heads, "passes") else heads.box_predictor
     for layer in (predictor.cls_score, getattr(predictor, "seg_cls_score", None)):
         if layer is not None:
             nn.init.normal_(layer.weight, std=0.05)
@@ -121,7 +121,7 @@ def let_some_boxes_on(model: MultitaskNetworkCascade, inputs: list[dict], share:
         model.inference_precision, model.outputs = "float32", ["instances", "passes"]
         first_pass = model(inputs)[0]["passes"][0]
         model.outputs = ["instances"]
-        background = torch.minimum(first_pass.class_scores[:, -1], first_pass.mask_class_scores[:, -1])
+        background = torch.minimum(first_pass.cls_probabilities[:, -1], first_pass.seg_cls_probabilities[:, -1])
         model.roi_heads.next_pass_min_score = (1 - background).quantile(1 - share).item()
 
 

@@ -26,10 +26,7 @@ def first_pass_scores(model: torch.nn.Module, cfg: CfgNode) -> torch.Tensor:
     """Return what decides whether a box goes on, for the boxes of all images."""
     scores = []
     for inputs in MNCTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]):
-        images = model.preprocess_image(inputs)
-        features = model.backbone(images.tensor)
-        proposals, _ = model.proposal_generator(images, features, None)
-        scores.append(model.roi_heads.run_passes(features, proposals)[0].foreground_scores)
+        scores.append(model.roi_heads.run_passes(*model.propose(inputs))[0].foreground_probabilities)
     return torch.cat(scores)
 
 

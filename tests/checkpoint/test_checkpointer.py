@@ -20,20 +20,30 @@ from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.checkpoint.conversion import convert_torchvision_vgg16, copy_to_all
 from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import MNCTrainer
-from mnc_d2.modeling import VGG16, UnsharedBackbones
+from mnc_d2.modeling import VGG16, CascadePass, MaskedFeatureClassifier, UnsharedBackbones
 
 FC_DIM = 6
 HIDDEN = (FC_DIM, 512 * 7 * 7)
-PATHS = ("mask_path_head", "box_path_head")
 
 
 class Model(nn.Module):
-    """Modules under the names of a whole model."""
+    """Modules under the names of a whole model: of one with a box head, or of a cascade with so many passes."""
 
-    def __init__(self, backbone=None, **heads):
+    def __init__(self, backbone=None, box_head=None, mask_head=None, paths=()):
         super().__init__()
         self.backbone = backbone or nn.Module()
-        self.roi_heads = nn.ModuleDict(heads)
+        self.roi_heads = nn.Module()
+        if box_head is not None:
+            self.roi_heads.box_head = box_head
+        self.roi_heads.passes = nn.ModuleList(
+            CascadePass(mask_head, MaskedFeatureClassifier(*pair, nn.Module(), resolution=7)) for pair in paths
+        )
+
+    @property
+    def path_heads(self):
+        """The heads of both paths in all passes, the mask path first."""
+        classifiers = [x.classifier for x in self.roi_heads.passes]
+        return [head for x in classifiers for head in (x.mask_path_head, x.box_path_head)]
 
 
 def fc_head(fc_dim=FC_DIM):
@@ -87,13 +97,13 @@ def test_vgg16_computes_what_torchvisions_does(vgg16_file):
 
 def test_fc6_and_fc7_start_both_paths(vgg16_file):
     path, _, state_dict = vgg16_file
-    model = load(Model(mask_path_head=fc_head(), box_path_head=fc_head()), path)
+    model = load(Model(paths=[(fc_head(), fc_head())]), path)
     x = torch.randn(2, 512, 7, 7)
     hidden = (x.flatten(1) @ state_dict["classifier.0.weight"].T + state_dict["classifier.0.bias"]).relu()
     expected = (hidden @ state_dict["classifier.3.weight"].T + state_dict["classifier.3.bias"]).relu()
     assert 0 < (expected > 0).float().mean()
-    for name in PATHS:
-        torch.testing.assert_close(model.roi_heads[name](x), expected)
+    for head in model.path_heads:
+        torch.testing.assert_close(head(x), expected)
 
 
 def test_backbones_that_share_nothing_all_start_from_it(vgg16_file):
@@ -107,18 +117,17 @@ def test_backbones_that_share_nothing_all_start_from_it(vgg16_file):
 def test_fc6_and_fc7_start_the_box_head_of_a_faster_rcnn(vgg16_file):
     path, _, state_dict = vgg16_file
     model = load(Model(box_head=fc_head()), path)
-    assert torch.equal(model.roi_heads["box_head"].fc1.weight, state_dict["classifier.0.weight"])
-    assert torch.equal(model.roi_heads["box_head"].fc2.bias, state_dict["classifier.3.bias"])
+    assert torch.equal(model.roi_heads.box_head.fc1.weight, state_dict["classifier.0.weight"])
+    assert torch.equal(model.roi_heads.box_head.fc2.bias, state_dict["classifier.3.bias"])
 
 
 def test_fc6_and_fc7_start_every_pass_that_has_weights_of_its_own(vgg16_file):
     path, _, state_dict = vgg16_file
-    model = Model(**{name: nn.ModuleList([fc_head(), fc_head()]) for name in PATHS})
-    load(model, path)
-    for name in PATHS:
-        for head in model.roi_heads[name]:
-            assert torch.equal(head.fc1.weight, state_dict["classifier.0.weight"])
-            assert torch.equal(head.fc2.weight, state_dict["classifier.3.weight"])
+    model = load(Model(paths=[(fc_head(), fc_head()), (fc_head(), fc_head())]), path)
+    assert len(model.path_heads) == 4
+    for head in model.path_heads:
+        assert torch.equal(head.fc1.weight, state_dict["classifier.0.weight"])
+        assert torch.equal(head.fc2.weight, state_dict["classifier.3.weight"])
 
 
 @pytest.mark.parametrize(
@@ -136,16 +145,16 @@ def test_every_layout_of_the_file_is_read(tmp_path, vgg16_file, wrap):
     # One number for each tensor, which keeps the file small.
     state_dict = {name: torch.tensor([float(i)]).expand(x.shape) for i, (name, x) in enumerate(vgg16_file[2].items())}
     torch.save(wrap(state_dict), tmp_path / "vgg16.pth")
-    model = load(Model(VGG16(), mask_path_head=fc_head()), tmp_path / "vgg16.pth")
+    model = load(Model(VGG16(), paths=[(fc_head(), nn.Module())]), tmp_path / "vgg16.pth")
     assert torch.equal(model.backbone.conv1_1.weight, state_dict["features.0.weight"])
     assert torch.equal(model.backbone.conv5_3.bias, state_dict["features.28.bias"])
-    assert torch.equal(model.roi_heads["mask_path_head"].fc2.weight, state_dict["classifier.3.weight"])
+    assert torch.equal(model.path_heads[0].fc2.weight, state_dict["classifier.3.weight"])
 
 
 def test_the_names_are_those_of_torchvisions_own_vgg16():
     with torch.device("meta"):
         state_dict = vgg16(weights=None).state_dict()
-        model = Model(VGG16(), **{name: fc_head(4096) for name in PATHS})
+        model = Model(VGG16(), paths=[(fc_head(4096), fc_head(4096))])
     shapes = {name: x.shape for name, x in model.state_dict().items()}
     converted = {name: x.shape for name, x in convert_torchvision_vgg16(state_dict, shapes).items()}
     unused = {"classifier.6.weight", "classifier.6.bias"}
@@ -163,24 +172,52 @@ def test_other_vggs_are_refused(network):
 
 def test_shapes_that_do_not_fit_are_reported_and_the_rest_is_loaded(vgg16_file, log):
     path, _, state_dict = vgg16_file
-    model = load(Model(mask_path_head=fc_head(FC_DIM + 1), box_path_head=fc_head()), path)
-    assert f"'roi_heads.mask_path_head.fc1.weight' to the model due to incompatible shapes: {HIDDEN}" in log()
-    assert torch.equal(model.roi_heads["box_path_head"].fc1.weight, state_dict["classifier.0.weight"])
+    model = load(Model(paths=[(fc_head(FC_DIM + 1), fc_head())]), path)
+    name = "roi_heads.passes.0.classifier.mask_path_head.fc1.weight"
+    assert f"'{name}' to the model due to incompatible shapes: {HIDDEN}" in log()
+    assert torch.equal(model.path_heads[1].fc1.weight, state_dict["classifier.0.weight"])
+
+
+# ---- names of earlier versions
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["shared by the passes", "one for each pass"])
+def test_a_checkpoint_from_before_the_list_of_passes_loads(tmp_path, separate):
+    def make_heads(seed):
+        torch.manual_seed(seed)
+        return {"mask_path_head": fc_head(), "box_path_head": fc_head(), "mask_head": nn.Sequential(nn.Linear(2, 2))}
+
+    old = [make_heads(seed) for seed in range(2 if separate else 1)]
+    saved = nn.ModuleDict({name: nn.ModuleList(x[name] for x in old) if separate else old[0][name] for name in old[0]})
+    torch.save({"model": {f"roi_heads.{k}": v for k, v in saved.state_dict().items()}}, tmp_path / "old.pth")
+    new = [make_heads(seed=7) for _ in old]
+    passes = [
+        CascadePass(
+            x["mask_head"], MaskedFeatureClassifier(x["mask_path_head"], x["box_path_head"], nn.Module(), resolution=7)
+        )
+        for x in new
+    ]
+    model = Model()
+    model.roi_heads.passes = nn.ModuleList(passes)
+    load(model, tmp_path / "old.pth")
+    for before, after in zip(old, new):
+        for name in before:
+            assert all(map(torch.equal, before[name].state_dict().values(), after[name].state_dict().values()))
 
 
 # ---- what is logged
 
 
 def test_the_log_tells_what_was_loaded_what_not_and_what_was_not_used(vgg16_file, log):
-    model = Model(VGG16(), mask_head=nn.Sequential(nn.Linear(2, 2)), mask_path_head=fc_head(), box_path_head=fc_head())
+    model = Model(VGG16(), mask_head=nn.Sequential(nn.Linear(2, 2)), paths=[(fc_head(), fc_head())])
     load(model, vgg16_file[0])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in log().splitlines() if line.startswith("|")]
     assert ["backbone", "26 of 26"] in rows
-    assert ["roi_heads.mask_path_head", "4 of 4"] in rows
-    assert ["roi_heads.box_path_head", "4 of 4"] in rows
-    assert ["roi_heads.mask_head", "0 of 2"] in rows
+    assert ["roi_heads.passes.0.classifier.mask_path_head", "4 of 4"] in rows
+    assert ["roi_heads.passes.0.classifier.box_path_head", "4 of 4"] in rows
+    assert ["roi_heads.passes.0.mask_head", "0 of 2"] in rows
     assert "Loaded 34 of the model's 36 tensors; 2 of the checkpoint's are not used." in log()
-    assert "roi_heads.mask_head.0.{bias, weight}" in log()  # named as not found in the checkpoint
+    assert "roi_heads.passes.0.mask_head.0.{bias, weight}" in log()  # named as not found in the checkpoint
     assert "classifier.6.{bias, weight}" in log()  # named as not used
     assert len(log().splitlines()) < 30
 
@@ -226,25 +263,21 @@ def res5_file(path, caffe2):
 
 
 @pytest.mark.parametrize("caffe2", [True, False], ids=["Caffe2's names", "Detectron2's names"])
-@pytest.mark.parametrize("passes", [0, 2], ids=["shared by the passes", "one for each pass"])
+@pytest.mark.parametrize("passes", [1, 2], ids=["shared by the passes", "one for each pass"])
 def test_res5_starts_both_paths(tmp_path, caffe2, passes):
     expected = res5_file(tmp_path / "R-50.pkl", caffe2)
-    paths = {
-        name: nn.ModuleList(ResNetPart("res5") for _ in range(passes)) if passes else ResNetPart("res5")
-        for name in PATHS
-    }
-    model = load(Model(ResNetPart("res4"), **paths), tmp_path / "R-50.pkl")
-    heads = [head for path in paths.values() for head in (path if passes else [path])]
+    paths = [(ResNetPart("res5"), ResNetPart("res5")) for _ in range(passes)]
+    model = load(Model(ResNetPart("res4"), paths=paths), tmp_path / "R-50.pkl")
     assert all(map(torch.equal, tensors(model.backbone.res4), expected[:3]))
-    for head in heads:
+    for head in model.path_heads:
         assert all(map(torch.equal, tensors(head.res5), expected[3:]))
 
 
 def test_res5_that_the_backbone_has_too_goes_to_all_three(tmp_path):
     expected = res5_file(tmp_path / "R-50.pkl", caffe2=False)
-    model = Model(ResNetPart("res4", "res5"), **{name: ResNetPart("res5") for name in PATHS})
+    model = Model(ResNetPart("res4", "res5"), paths=[(ResNetPart("res5"), ResNetPart("res5"))])
     load(model, tmp_path / "R-50.pkl")
-    for part in (model.backbone, *model.roi_heads.values()):
+    for part in (model.backbone, *model.path_heads):
         assert all(map(torch.equal, tensors(part.res5), expected[3:]))
 
 
@@ -300,7 +333,7 @@ def test_torchvision_weights_have_a_name(monkeypatch, vgg16_file):
     monkeypatch.setattr(HTTPURLHandler, "_get_local_path", download)
     model = load(Model(box_head=fc_head()), "torchvision://vgg16")
     assert asked == ["https://download.pytorch.org/models/vgg16-397923af.pth"]
-    assert torch.equal(model.roi_heads["box_head"].fc1.weight, state_dict["classifier.0.weight"])
+    assert torch.equal(model.roi_heads.box_head.fc1.weight, state_dict["classifier.0.weight"])
 
 
 @pytest.mark.parametrize("name", ["vgg61", "fasterrcnn_resnet50_fpn"], ids=["no such model", "not from ImageNet"])

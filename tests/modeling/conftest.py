@@ -9,7 +9,17 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from mnc_d2.modeling import CausalGradients, MaskRegressionHead, MNCOutputLayers, MNCROIHeads, RoIWarpPooler
+from mnc_d2.modeling import (
+    CascadePass,
+    CascadePooler,
+    CausalGradients,
+    MaskedFeatureClassifier,
+    MaskRegressionHead,
+    MaskSupervision,
+    MNCOutputLayers,
+    MNCROIHeads,
+    RoIWarpPooler,
+)
 
 CHANNELS = 4
 
@@ -21,11 +31,31 @@ def storage():
         yield storage
 
 
+def make_pass(num_classes, mask_head=None, resolution=2):
+    """The heads of a pass, with outputs that vary: after initialisation gradients would drown in rounding."""
+    shape = ShapeSpec(channels=CHANNELS, height=2, width=2)
+    if mask_head is None:
+        mask_head = MaskRegressionHead(ShapeSpec(channels=CHANNELS, height=4, width=4), hidden_dim=16, mask_size=4)
+    mask_path, box_path = (FastRCNNConvFCHead(shape, conv_dims=[], fc_dims=[32]) for _ in range(2))
+    transform = Box2BoxTransform((10.0, 10.0, 5.0, 5.0))
+    predictor = MNCOutputLayers(ShapeSpec(channels=64), box2box_transform=transform, num_classes=num_classes)
+    for layer in (predictor.cls_score, predictor.seg_cls_score, predictor.bbox_pred):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    if isinstance(mask_head, MaskRegressionHead):
+        for layer in (mask_head.fc1, mask_head.fc2):
+            torch.nn.init.normal_(layer.weight, std=0.3)
+    classifier = MaskedFeatureClassifier(mask_path, box_path, predictor, resolution=resolution)
+    return CascadePass(mask_head, classifier)
+
+
 @pytest.fixture
 def make_roi_heads():
-    """A function that builds a cascade on the feature map "map" of stride 4 with 4 channels, in training mode."""
+    """A function that builds a cascade on the feature map "map" of stride 4 with 4 channels, in training mode.
 
-    def make(num_classes=2, seed=0, roi_heads=MNCROIHeads, **overrides):
+    Overrides are arguments of the heads, of CausalGradients, of MaskSupervision or of one pass.
+    """
+
+    def make(num_classes=2, seed=0, roi_heads=MNCROIHeads, mask_head=None, classifier_resolution=2, **overrides):
         torch.manual_seed(seed)
         # Every path is open: a test that is about one of these closes it.
         gradients = {
@@ -36,40 +66,22 @@ def make_roi_heads():
         }
         for name in CausalGradients.__dataclass_fields__.keys() & overrides.keys():
             gradients[name] = overrides.pop(name)
-        classifier_shape = ShapeSpec(channels=CHANNELS, height=2, width=2)
+        fields = MaskSupervision.__dataclass_fields__.keys() & overrides.keys()
+        supervision = MaskSupervision(**{name: overrides.pop(name) for name in fields})
         arguments = {
             "num_classes": num_classes,
             "batch_size_per_image": 64,
             "positive_fraction": 0.5,
             "proposal_matcher": Matcher([0.5], [0, 1], allow_low_quality_matches=False),
             "proposal_append_gt": True,
-            "in_features": ["map"],
-            "pooler": RoIWarpPooler(4, [1 / 4], sampling_ratio=1),
-            "mask_head": MaskRegressionHead(
-                ShapeSpec(channels=CHANNELS, height=4, width=4), hidden_dim=16, mask_size=4
-            ),
-            "mask_path_head": FastRCNNConvFCHead(classifier_shape, conv_dims=[], fc_dims=[32]),
-            "box_path_head": FastRCNNConvFCHead(classifier_shape, conv_dims=[], fc_dims=[32]),
-            "predictor": MNCOutputLayers(
-                ShapeSpec(channels=64),
-                box2box_transform=Box2BoxTransform((10.0, 10.0, 5.0, 5.0)),
-                num_classes=num_classes,
-            ),
-            "classifier_resolution": 2,
+            "pooler": CascadePooler(RoIWarpPooler(4, [1 / 4], sampling_ratio=1), ["map"]),
+            "passes": [make_pass(num_classes, mask_head, classifier_resolution)],
             "gradients": CausalGradients(**gradients),
+            "mask_supervision": supervision,
             "append_gt_to_later_passes": True,
-            "detection_box": "tight",
             **overrides,
         }
-        heads = roi_heads(**arguments)
-        # The initial weights of the outputs are so small that gradients through them would drown in rounding.
-        if isinstance(heads.predictor, MNCOutputLayers):
-            for layer in (heads.predictor.cls_score, heads.predictor.seg_cls_score, heads.predictor.bbox_pred):
-                torch.nn.init.normal_(layer.weight, std=0.3)
-        if isinstance(heads.mask_head, MaskRegressionHead):
-            for layer in (heads.mask_head.fc1, heads.mask_head.fc2):
-                torch.nn.init.normal_(layer.weight, std=0.3)
-        return heads
+        return roi_heads(**arguments)
 
     return make
 

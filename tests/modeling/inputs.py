@@ -3,7 +3,7 @@
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from mnc_d2.modeling.roi_heads.mask_head import crop_masks
+from mnc_d2.modeling.roi_heads.mask_supervision import crop_masks
 
 SIZE = 96
 

@@ -11,18 +11,18 @@ from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.structures import Boxes, Instances
+from modeling.caffe_reference import random_boxes, slow_decode, slow_iou
 from PIL import Image
 from torch import nn
 
 from mnc_d2.data import build_test_resize, register_coco_dataset
 from mnc_d2.engine import MNCTrainer
-from mnc_d2.layers import roi_warp
 from mnc_d2.model_zoo import get_config
-from mnc_d2.modeling import CaffeMultitaskNetworkCascade, MNCOutputLayers, RoIWarpPooler, vote_masks
+from mnc_d2.modeling import CaffeMultitaskNetworkCascade, MNCOutputLayers
 from mnc_d2.modeling.caffe import CaffeAnchorGenerator, CaffeMNCROIHeads, CaffeRPN, InclusiveBoxTransform
 from mnc_d2.modeling.caffe.boxes import NetworkInputSize, clip_to_pixels, pixel_extents
 from mnc_d2.modeling.caffe.pasting import paste_masks
-from mnc_d2.modeling.roi_heads.outputs import PassOutput
+from mnc_d2.modeling.caffe.voting import vote_masks
 
 CONFIG = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml"
 
@@ -68,21 +68,6 @@ def test_anchors_go_by_row_column_and_anchor():
 
 
 # ---- boxes
-
-
-def random_boxes(count, limit=100.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    start = limit * torch.rand(count, 2, generator=generator)
-    return torch.cat((start, start + 0.6 * limit * torch.rand(count, 2, generator=generator)), dim=1)
-
-
-def slow_decode(box, delta):
-    x1, y1, x2, y2 = box
-    dx, dy, dw, dh = delta
-    width, height = x2 - x1 + 1, y2 - y1 + 1
-    x, y = x1 + 0.5 * width + dx * width, y1 + 0.5 * height + dy * height
-    width, height = math.exp(dw) * width, math.exp(dh) * height
-    return [x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height]
 
 
 @pytest.mark.parametrize("classes", [1, 3])
@@ -145,14 +130,6 @@ def make_rpn(**overrides):
         **overrides,
     }
     return CaffeRPN(**arguments).eval()
-
-
-def slow_iou(a, b):
-    def area(box):
-        return max(0.0, box[2] - box[0] + 1) * max(0.0, box[3] - box[1] + 1)
-
-    both = [max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])]
-    return area(both) / (area(a) + area(b) - area(both))
 
 
 def slow_proposals(anchors, scores, deltas, size, pre_nms=60, post_nms=20):
@@ -232,129 +209,6 @@ def test_what_is_not_finite_is_left_out():
     assert propose(boxes, [0.5, 0.9, math.nan]) == [box]
 
 
-# ---- heads
-
-
-@pytest.fixture
-def make_heads(make_roi_heads):
-    def make(**overrides):
-        heads = make_roi_heads(roi_heads=CaffeMNCROIHeads, **overrides).eval()
-        heads.predictor.box2box_transform = InclusiveBoxTransform((10.0, 10.0, 5.0, 5.0))
-        return heads
-
-    return make
-
-
-SIZE = NetworkInputSize((64, 48), 1.3, (49, 37))
-
-
-def make_output(boxes, num_classes=2, seed=0):
-    """What a pass might make of boxes of one image."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(len(boxes), *shape, generator=generator)
-
-    scores, mask_scores = 2 * random(num_classes + 1), 2 * random(num_classes + 1)
-    return PassOutput(0, [Boxes(boxes)], random(4, 4).sigmoid(), scores, mask_scores, 2 * random(4 * num_classes + 4))
-
-
-def test_next_boxes_are_those_of_the_best_class_of_all_with_the_background(make_heads):
-    output = make_output(random_boxes(30, limit=40.0))
-    (result,) = make_heads()._next_boxes(output, [SIZE])
-    background = 0
-    for i, box in enumerate(output.boxes[0].tensor.tolist()):
-        mask_scores = output.mask_scores[i].tolist()
-        cls = mask_scores.index(max(mask_scores))
-        background += cls == 2
-        deltas = output.deltas[i, 4 * cls : 4 * cls + 4].tolist()
-        decoded = slow_decode(box, [d / w for d, w in zip(deltas, (10, 10, 5, 5))])
-        expected = [min(max(v, 0), limit - 1) for v, limit in zip(decoded, (48, 64, 48, 64))]
-        assert result.tensor[i].tolist() == pytest.approx(expected, abs=1e-4)
-    assert 0 < background < 30
-    assert (result.tensor[:, 2] == 47).any()
-
-
-@pytest.mark.parametrize("length, size", [(21, 14), (28, 14), (14, 14), (5, 7)])
-def test_masks_are_sampled_from_the_top_left_corner(make_heads, length, size):
-    masks = torch.rand(3, length, length, generator=torch.Generator().manual_seed(0))
-    result = make_heads()._resize_masks(masks, size)
-    assert result.shape == (3, size, size)
-    for i in range(size):
-        for j in range(size):
-            y, x = min(i * length / size, length - 1), min(j * length / size, length - 1)
-            top, left = int(y), int(x)
-            bottom, right = min(top + 1, length - 1), min(left + 1, length - 1)
-            upper = masks[:, top, left] * (1 - x + left) + masks[:, top, right] * (x - left)
-            lower = masks[:, bottom, left] * (1 - x + left) + masks[:, bottom, right] * (x - left)
-            expected = upper * (1 - y + top) + lower * (y - top)
-            torch.testing.assert_close(result[:, i, j], expected, rtol=0, atol=1e-6)
-
-
-def test_only_the_first_pass_takes_the_maximum_of_samples(make_heads, make_map, random_boxes):
-    heads = make_heads(pooler=RoIWarpPooler(4, [1 / 4], sampling_ratio=2, sampling="caffe"))
-    features, boxes = make_map(), random_boxes(5)
-    rois = torch.cat((torch.zeros(5, 1), boxes), dim=1)
-    for index in range(3):
-        pooled, same = heads._pool(features, [Boxes(boxes)], index)
-        assert pooled is same
-        assert torch.equal(pooled, roi_warp(features["map"], rois, 4, 1 / 4, "caffe", max_pool=index == 0))
-
-
-def original_boxes(output):
-    """Boxes of a pass in the original image."""
-    rows = [[v / 1.3 for v in box] for box in output.boxes[0].tensor.tolist()]
-    return torch.tensor([[min(max(v, 0), limit - 1) for v, limit in zip(row, (37, 49) * 2)] for row in rows])
-
-
-def test_voting_is_in_the_original_image(make_heads):
-    outputs = [make_output(random_boxes(12, limit=50.0, seed=i), seed=i) for i in range(2)]
-    (result,) = make_heads().detect_instances(outputs, [SIZE])
-    expected = vote_masks(
-        torch.cat([original_boxes(x) for x in outputs]),
-        torch.cat([x.mask_scores.softmax(dim=1)[:, :2] for x in outputs]),
-        torch.cat([x.masks for x in outputs]),
-        (49, 37),
-        nms_threshold=0.5,
-        sampling="caffe",
-    )
-    assert result.image_size == (49, 37) and len(result) > 5
-    assert torch.equal(result.pred_classes, expected.pred_classes)
-    torch.testing.assert_close(result.scores, expected.scores)
-    # Detectron2 takes x2 as where the last pixel ends, not as which it is.
-    assert torch.equal(result.pred_boxes.tensor, expected.pred_boxes.tensor + torch.tensor([0, 0, 1, 1]))
-    torch.testing.assert_close(result.pred_masks, expected.pred_masks, rtol=0, atol=1e-5)
-
-
-def test_boxes_of_full_masks_hold_their_last_pixels(make_heads):
-    output = make_output(torch.tensor([[13.0, 26.0, 26.0, 52.0]]))
-    output.masks = torch.ones(1, 4, 4)
-    (result,) = make_heads().detect_instances([output], [SIZE])
-    # Pixels 10 to 20 and 20 to 40 of the original image.
-    assert result.pred_boxes.tensor.tolist() == [[10.0, 20.0, 21.0, 41.0]] * len(result)
-
-
-def test_box_level_results_are_regressed_in_the_original_image(make_heads):
-    output = make_output(random_boxes(8, limit=50.0))
-    (result,) = make_heads().detect_boxes([output], [SIZE])
-    probabilities = output.scores.softmax(dim=1)
-    candidates = []
-    for i, box in enumerate(original_boxes(output).tolist()):
-        for cls in range(2):
-            deltas = output.deltas[i, 4 * cls : 4 * cls + 4].tolist()
-            decoded = slow_decode(box, [d / w for d, w in zip(deltas, (10, 10, 5, 5))])
-            clipped = [min(max(v, 0), limit - 1) for v, limit in zip(decoded, (37, 49) * 2)]
-            candidates.append((probabilities[i, cls].item(), cls, clipped))
-    kept = []
-    for score, cls, box in sorted(candidates, reverse=True):
-        if all(cls != other or slow_iou(box, b) <= 0.5 for _, other, b in kept):
-            kept.append((score, cls, box))
-    assert result.image_size == (49, 37)
-    assert result.pred_classes.tolist() == [cls for _, cls, _ in kept]
-    expected = torch.tensor([box for *_, box in kept]) + torch.tensor([0, 0, 1, 1])
-    torch.testing.assert_close(result.pred_boxes.tensor, expected, rtol=0, atol=1e-4)
-
-
 # ---- masks in the image
 
 
@@ -421,7 +275,7 @@ def model(cfg):
     for name in ("anchor_deltas", "objectness_logits"):
         nn.init.normal_(getattr(model.proposal_generator.rpn_head, name).weight, std=0.1)
     for name in ("seg_cls_score", "cls_score", "bbox_pred"):
-        nn.init.normal_(getattr(model.roi_heads.predictor, name).weight, std=0.1)
+        nn.init.normal_(getattr(model.roi_heads.passes[0].classifier.predictor, name).weight, std=0.1)
     return model
 
 
@@ -434,21 +288,24 @@ def make_input(cfg, height, width, seed=0):
 def test_the_config_selects_every_part(cfg, model):
     assert isinstance(model, CaffeMultitaskNetworkCascade)
     rpn, heads = model.proposal_generator, model.roi_heads
+    (of_all_passes,) = heads.passes
+    predictor = of_all_passes.classifier.predictor
     assert isinstance(rpn, CaffeRPN) and isinstance(rpn.anchor_generator, CaffeAnchorGenerator)
     assert isinstance(rpn.box2box_transform, InclusiveBoxTransform)
     assert rpn.anchor_generator.offset == 0
     assert (rpn.pre_nms_topk[False], rpn.nms_thresh, rpn.min_box_size) == (6000, 0.7, 16)
-    assert isinstance(heads, CaffeMNCROIHeads) and isinstance(heads.predictor, MNCOutputLayers)
-    assert isinstance(heads.predictor.box2box_transform, InclusiveBoxTransform)
-    assert heads.predictor.box2box_transform.weights == (1.0, 1.0, 1.0, 1.0)
-    assert [(x.sampling, x.sampling_ratio) for x in (heads.pooler, heads.later_pooler)] == [("caffe", 2), ("caffe", 1)]
-    assert heads.voting_sampling == "caffe" and heads.next_box_background and heads.num_passes_test == 2
-    assert heads.predictor.test_score_thresh == 0 and heads.predictor.test_nms_thresh == 0.3
+    assert isinstance(heads, CaffeMNCROIHeads) and isinstance(predictor, MNCOutputLayers)
+    assert isinstance(predictor.box2box_transform, InclusiveBoxTransform)
+    assert predictor.box2box_transform.weights == (1.0, 1.0, 1.0, 1.0)
+    poolers = heads.pooler.pooler, heads.pooler.later.pooler
+    assert [(x.sampling, x.sampling_ratio) for x in poolers] == [("caffe", 2), ("caffe", 1)]
+    assert heads.vote.func is vote_masks and heads.next_box_background and heads.num_passes_test == 2
+    assert predictor.test_score_thresh == 0 and predictor.test_nms_thresh == 0.3
     assert model.backbone.ceil_mode and model.backbone.size_divisibility == 0
     assert model.input_format == "BGR" and model.pixel_mean.flatten().tolist() == pytest.approx(
         [102.9801, 115.9465, 122.7717]
     )
-    assert model.roi_heads.mask_head.mask_size == 21 and model.mask_threshold == 0.4
+    assert of_all_passes.mask_head.mask_size == 21 and model.mask_threshold == 0.4
     released = get_config(CONFIG)
     # The network's classes are VOC's, in the order of the alphabet.
     names = MetadataCatalog.get(released.DATASETS.TEST[0]).thing_classes

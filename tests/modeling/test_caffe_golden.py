@@ -15,9 +15,10 @@ from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.checkpoint.convert_caffe import main as convert
 from mnc_d2.data import build_test_resize, exact_scale, scaled_size
 from mnc_d2.model_zoo import get_config
-from mnc_d2.modeling import vote_masks
 from mnc_d2.modeling.caffe.boxes import clip_to_pixels
 from mnc_d2.modeling.caffe.pasting import paste_masks
+from mnc_d2.modeling.caffe.roi_heads import resize_masks
+from mnc_d2.modeling.caffe.voting import vote_masks
 
 FOLDER = Path(__file__).parents[3] / "shared" / "golden"
 CONFIG = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml"
@@ -160,29 +161,29 @@ def test_proposals_of_the_image(model, images, features, golden):
 def test_features_of_boxes(model, features, golden, index, suffix):
     boxes = torch.from_numpy(golden[f"rois{suffix}"][golden["sub_rois"], 1:])
     with torch.no_grad():
-        pooled, _ = model.roi_heads._pool(features, [Boxes(boxes)], index)
+        pooled, _ = model.roi_heads.pooler(features, [Boxes(boxes)], index)
     assert largest_difference(pooled[:, :32], golden[f"warp_sub{suffix}"]) < NOISE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["", "_ext"])
-def test_resizing_of_masks(model, golden, suffix):
+def test_resizing_of_masks(golden, suffix):
     masks = torch.from_numpy(golden[f"mask_proposal{suffix}"][:64])
-    assert largest_difference(model.roi_heads._resize_masks(masks, 14), golden[f"mask_resize_first64{suffix}"]) < 1e-6
+    assert largest_difference(resize_masks(masks, 14), golden[f"mask_resize_first64{suffix}"]) < 1e-6
 
 
-def check_pass(masks, scores, mask_scores, deltas, golden, suffix):
+def check_pass(masks, cls_logits, seg_cls_logits, deltas, golden, suffix):
     """Compare with the golden arrays, where the background comes first."""
     assert largest_difference(masks, golden[f"mask_proposal{suffix}"]) < NOISE
-    assert largest_difference(scores.softmax(dim=1).roll(1, dims=1), golden[f"cls_prob{suffix}"]) < NOISE
-    assert largest_difference(mask_scores.softmax(dim=1).roll(1, dims=1), golden[f"seg_cls_prob{suffix}"]) < NOISE
+    assert largest_difference(cls_logits.softmax(dim=1).roll(1, dims=1), golden[f"cls_prob{suffix}"]) < NOISE
+    assert largest_difference(seg_cls_logits.softmax(dim=1).roll(1, dims=1), golden[f"seg_cls_prob{suffix}"]) < NOISE
     assert largest_difference(deltas.roll(4, dims=1), golden[f"bbox_pred{suffix}"]) < NOISE
 
 
 @pytest.mark.slow
 def test_first_pass_on_the_golden_proposals(passes, golden):
     output = passes[0]
-    check_pass(output.masks, output.scores, output.mask_scores, output.deltas, golden, "")
+    check_pass(output.masks, output.cls_logits, output.seg_cls_logits, output.deltas, golden, "")
 
 
 @pytest.mark.slow
@@ -194,12 +195,12 @@ def test_boxes_of_the_second_pass(passes, golden):
 def test_second_pass_on_the_golden_boxes(model, features, golden):
     heads, boxes = model.roi_heads, Boxes(torch.from_numpy(golden["rois_ext"][:, 1:]))
     joints = []
-    hook = heads.predictor.register_forward_pre_hook(lambda _, inputs: joints.append(inputs[0]))
+    hook = heads.passes[0].classifier.predictor.register_forward_pre_hook(lambda _, inputs: joints.append(inputs[0]))
     try:
         with torch.no_grad():
-            _, pooled = heads._pool(features, [boxes], 1)
-            masks = heads.mask_head(pooled).sigmoid()
-            check_pass(masks, *heads._classify(1, pooled, masks), golden, "_ext")
+            _, pooled = heads.pooler(features, [boxes], 1)
+            masks = heads.passes[0].mask_head(pooled).sigmoid()
+            check_pass(masks, *heads.passes[0].classifier(pooled, masks), golden, "_ext")
     finally:
         hook.remove()
     # The mask path comes first.
@@ -220,7 +221,7 @@ def test_detections_of_the_image(model, golden):
         return torch.from_numpy(np.concatenate((golden[name], golden[f"{name}_ext"])))
 
     boxes = clip_to_pixels(both("rois")[:, 1:] / float(golden["im_scale"]), size)
-    expected = vote_masks(boxes, both("seg_cls_prob")[:, 1:], both("mask_proposal"), size, sampling="caffe")
+    expected = vote_masks(boxes, both("seg_cls_prob")[:, 1:], both("mask_proposal"), size)
     expected_boxes = expected.pred_boxes.tensor + torch.tensor([0, 0, 1, 1])
     expected_masks = paste_masks(expected.pred_masks[:, 0], expected_boxes, size, 0.4)
     assert len(result) == len(expected) == 100

@@ -39,6 +39,10 @@ def run(heads, make_map, make_proposals, make_target, boxes=BOXES):
     return losses, leaf, labelled
 
 
+def predictor_of(heads):
+    return heads.passes[0].classifier.predictor
+
+
 def gradient(loss, tensor):
     """Gradient of a loss, zero where it does not depend on the tensor."""
     (result,) = torch.autograd.grad(loss, tensor, retain_graph=True, allow_unused=True)
@@ -88,7 +92,9 @@ def test_box_regression_reaches_its_boxes_through_targets_that_move(
     make_roi_heads, make_map, make_proposals, make_target, switch
 ):
     heads = make_roi_heads(moving_targets=switch)
-    torch.nn.init.zeros_(heads.predictor.bbox_pred.weight)  # what features say of the deltas does not depend on boxes
+    torch.nn.init.zeros_(
+        predictor_of(heads).bbox_pred.weight
+    )  # what features say of the deltas does not depend on boxes
     losses, leaf, _ = run(heads, make_map, make_proposals, make_target)
     assert bool(gradient(losses["loss_box_reg_s3"], leaf).any()) == switch
 
@@ -134,13 +140,13 @@ def test_mask_loss_of_the_second_pass_reaches_the_box_deltas_of_the_first_if_swi
 ):
     heads = make_roi_heads(box_gradient=switch)
     losses, _, _ = run(heads, make_map, make_proposals, make_target)
-    assert bool(gradient(losses["loss_mask_s4"], heads.predictor.bbox_pred.weight).abs().sum() > 0) == switch
+    assert bool(gradient(losses["loss_mask_s4"], predictor_of(heads).bbox_pred.weight).abs().sum() > 0) == switch
 
 
 def capture_deltas(heads):
     """Return a list that will hold the predicted deltas of each pass."""
     deltas = []
-    heads.predictor.register_forward_hook(lambda module, args, output: deltas.append(output[2]))
+    predictor_of(heads).register_forward_hook(lambda module, args, output: deltas.append(output[2]))
     return deltas
 
 
@@ -172,12 +178,12 @@ def test_boxes_that_regression_pushes_over_the_border_pass_gradients_only_if_swi
     make_roi_heads, make_map, make_proposals, make_target, border_gradient, shift
 ):
     heads = make_roi_heads(border_gradient=border_gradient, proposal_append_gt=False)
-    nn.init.zeros_(heads.predictor.bbox_pred.weight)
-    nn.init.zeros_(heads.predictor.bbox_pred.bias)
+    nn.init.zeros_(predictor_of(heads).bbox_pred.weight)
+    nn.init.zeros_(predictor_of(heads).bbox_pred.bias)
     box = [[20.3, 21.2, 44.1, 45.2]]
     # Shifts of the box by that many pixels, for the weights 10 of the box transform; all classes alike.
     with torch.no_grad():
-        heads.predictor.bbox_pred.bias.view(-1, 4)[:, :2] = torch.tensor(shift) / 24 * 10
+        predictor_of(heads).bbox_pred.bias.view(-1, 4)[:, :2] = torch.tensor(shift) / 24 * 10
     losses, leaf, _ = run(heads, make_map, make_proposals, make_target, box)
     reached = gradient(losses["loss_cls_s5"], leaf).abs().sum() > 0
     assert bool(reached) == border_gradient
@@ -185,7 +191,7 @@ def test_boxes_that_regression_pushes_over_the_border_pass_gradients_only_if_swi
 
 def test_boxes_inside_pass_gradients_without_border_gradient(make_roi_heads, make_map, make_proposals, make_target):
     heads = make_roi_heads(border_gradient=False, proposal_append_gt=False)
-    nn.init.zeros_(heads.predictor.bbox_pred.weight)
+    nn.init.zeros_(predictor_of(heads).bbox_pred.weight)
     losses, leaf, _ = run(heads, make_map, make_proposals, make_target, [[20.3, 21.2, 44.1, 45.2]])
     assert gradient(losses["loss_cls_s5"], leaf).abs().sum() > 0
 
@@ -196,9 +202,9 @@ def test_boxes_inside_pass_gradients_without_border_gradient(make_roi_heads, mak
 def classification_gradients(heads, make_map, make_proposals, make_target):
     """Which RoIs' mask logits of the first pass the classifier reaches, and which RoIs are mask-level foreground."""
     losses, _, labelled = run(heads, make_map, make_proposals, make_target)
-    logits = heads.mask_head.logits[0]
+    logits = heads.passes[0].mask_head.logits[0]
     reached = gradient(losses["loss_cls_s3"] + losses["loss_seg_cls_s3"], logits).abs().sum(dim=(1, 2)) > 0
-    return reached, labelled.gt_mask_classes < heads.num_classes
+    return reached, labelled.gt_seg_classes < heads.num_classes
 
 
 def test_mask_gradient_none_keeps_the_classifier_from_every_mask(make_roi_heads, make_map, make_proposals, make_target):
@@ -233,5 +239,5 @@ def test_mask_gradient_does_not_change_values(make_roi_heads, make_map, make_pro
 def test_mask_loss_always_reaches_its_masks(make_roi_heads, make_map, make_proposals, make_target, mask_gradient):
     heads = make_roi_heads(mask_gradient=mask_gradient, mask_head=LeafMasks())
     losses, _, labelled = run(heads, make_map, make_proposals, make_target)
-    reached = gradient(losses["loss_mask_s2"], heads.mask_head.logits[0]).abs().sum(dim=(1, 2)) > 0
+    reached = gradient(losses["loss_mask_s2"], heads.passes[0].mask_head.logits[0]).abs().sum(dim=(1, 2)) > 0
     assert torch.equal(reached, labelled.gt_classes < heads.num_classes)

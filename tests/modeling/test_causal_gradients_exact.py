@@ -15,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from mnc_d2.modeling.roi_heads import mnc_roi_heads
+from mnc_d2.modeling.roi_heads.output_layers import Predictions
 
 STEP = 1e-6
 SIZE = 64
@@ -88,7 +89,7 @@ class Shifted(nn.Module):
         if self.offset is not None:
             shifted = deltas + self.offset if one_level else [x + o for x, o in zip(deltas, self.offset)]
             output[self.position], self.offset = shifted, None
-        return tuple(output)
+        return Predictions(*output) if one_level else tuple(output)
 
 
 def make_inputs():
@@ -111,13 +112,15 @@ class Experiment:
         torch.manual_seed(0)
         self.model = build_model(cfg).double()
         heads, rpn = self.model.roi_heads, self.model.proposal_generator
-        for parent, weights in ((rpn, (1.0, 1.0, 1.0, 1.0)), (heads.predictor, (10.0, 10.0, 5.0, 5.0))):
-            moving = cfg.MODEL.MNC.MOVING_TARGETS and parent is heads.predictor
+        classifier = heads.passes[0].classifier
+        predictor = classifier.predictor
+        for parent, weights in ((rpn, (1.0, 1.0, 1.0, 1.0)), (predictor, (10.0, 10.0, 5.0, 5.0))):
+            moving = cfg.MODEL.MNC.MOVING_TARGETS and parent is predictor
             parent.box2box_transform = BoxTransform(weights, self.constants, moving)
-        for layer, std in ((heads.predictor.bbox_pred, 0.05), (heads.predictor.seg_cls_score, 0.3)):
+        for layer, std in ((predictor.bbox_pred, 0.05), (predictor.seg_cls_score, 0.3)):
             nn.init.normal_(layer.weight, std=std)
         self.rpn_head = rpn.rpn_head = Shifted(rpn.rpn_head, position=1)
-        self.predictor = heads.predictor = Shifted(heads.predictor, position=2)
+        self.predictor = classifier.predictor = Shifted(predictor, position=2)
 
     def losses(self, rpn_offset=None, pass_offset=None):
         """Losses of the stages from 2 on; the first call fixes everything that is constant."""

@@ -84,7 +84,7 @@ def test_ground_truth_that_has_a_mask_is_appended(make_roi_heads, make_map, make
     assert GT[0] in boxes and GT[1] not in boxes
     # Its mask is that of the instance, so that it is foreground at mask level too.
     index = boxes.index(GT[0])
-    assert labelled.gt_mask_classes[index] == labelled.gt_classes[index] == 1
+    assert labelled.gt_seg_classes[index] == labelled.gt_classes[index] == 1
 
 
 def test_a_mask_that_misses_the_instance_is_background_at_mask_level(
@@ -94,7 +94,7 @@ def test_a_mask_that_misses_the_instance_is_background_at_mask_level(
     masks = torch.ones(2, 4, 4)
     masks[1, :, :2] = masks[1, :2] = 0  # a quarter of the second box, whose instance fills it
     (labelled,), _ = heads(None, make_map(), [make_mask_proposals(BOXES[:2], masks)], [make_target(GT, [1, 0])])
-    by_index = dict(zip(labelled.proposal_index.tolist(), labelled.gt_mask_classes.tolist()))
+    by_index = dict(zip(labelled.proposal_index.tolist(), labelled.gt_seg_classes.tolist()))
     assert by_index == {0: 1, 1: heads.num_classes}
     assert sorted(labelled.gt_classes.tolist()) == [0, 1]
 

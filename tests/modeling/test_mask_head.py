@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from mnc_d2.modeling import MaskRegressionHead
-from mnc_d2.modeling.roi_heads.mask_head import crop_masks, instance_mask_iou, mask_loss, warp_mask_targets
+from mnc_d2.modeling.roi_heads.mask_supervision import crop_masks, instance_mask_iou, mask_loss, warp_mask_targets
 
 H, W, M = 40, 50, 4
 

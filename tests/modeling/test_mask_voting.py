@@ -1,14 +1,14 @@
 """Mask voting against a reference that loops over classes, candidates and pixels."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torchvision.ops import nms
 
-from mnc_d2.modeling import mask_merging, mask_voting, vote_masks
+from mnc_d2.modeling import vote_masks
+from mnc_d2.modeling.roi_heads import mask_merging, mask_voting
 
 SIZE = (22, 30)  # height, width
 M, CLASSES = 5, 3
@@ -134,30 +134,6 @@ def test_every_setting_is_that_of_the_slow_reference(setting):
     check_against_slow(make_candidates(), **setting)
 
 
-GOLDEN = np.load(Path(__file__).with_name("golden_voting.npz"))
-
-
-@pytest.mark.parametrize("case", ["b", "c1", "c2", "c3"])
-def test_caffe_is_what_the_released_code_computes(case):
-    """Results of an independent re-creation of the released code, its GPU flavour: clusters, borders, tiny boxes."""
-    expected = {name: GOLDEN[f"{case}_{name}"] for name in ("cls", "box", "mask", "n_voters", "source", "margin")}
-    boxes, scores, masks = (torch.from_numpy(GOLDEN[f"{case}_{name}"]) for name in ("boxes", "scores", "masks"))
-    size = int(GOLDEN[f"{case}_H"]), int(GOLDEN[f"{case}_W"])
-    result = vote_masks(boxes, scores[:, 1:], masks, size, sampling="caffe")
-    # Theirs are by class, best first; class 0 is the background.
-    order = np.lexsort((-result.scores.numpy(), result.pred_classes.numpy()))
-    result = result[torch.from_numpy(order)]
-    assert result.pred_classes.add(1).tolist() == expected["cls"].tolist()
-    assert result.candidates.tolist() == expected["source"].tolist()
-    assert result.num_voters.tolist() == expected["n_voters"].tolist()
-    np.testing.assert_allclose(result.scores.numpy(), expected["box"][:, 4], rtol=0, atol=1e-6)
-    # Where the threshold is met by less than rounding, one pixel more or less belongs to the mask.
-    safe = expected["margin"] >= 1e-4
-    assert (~safe).sum() <= 3
-    assert np.array_equal(result.pred_boxes.tensor.numpy()[safe], expected["box"][safe, :4])
-    np.testing.assert_allclose(result.pred_masks[:, 0].numpy()[safe], expected["mask"][safe], rtol=0, atol=1e-5)
-
-
 def test_candidates_and_voters_of_each_detection_are_told():
     boxes, scores, masks = make_candidates()
     boxes[3] = math.nan  # left out, but counted
@@ -169,9 +145,14 @@ def test_candidates_and_voters_of_each_detection_are_told():
         assert count == max(1, sum(iou >= 0.5 for iou in ious))
 
 
-def test_unknown_sampling_is_an_error():
-    with pytest.raises(ValueError, match="center.*caffe.*nearest"):
-        vote_masks(*make_candidates(), SIZE, sampling="nearest")
+def test_unknown_detection_box_is_an_error():
+    with pytest.raises(ValueError, match="tight.*regressed.*loose"):
+        vote_masks(*make_candidates(), SIZE, detection_box="loose")
+
+
+def test_regressed_boxes_need_boxes_of_each_class():
+    with pytest.raises(ValueError, match="needs class_boxes"):
+        vote_masks(*make_candidates(), SIZE, detection_box="regressed")
 
 
 @pytest.mark.parametrize("limit", [1, 3, 20, 10_000, -1])
@@ -270,7 +251,7 @@ def test_with_class_boxes_the_box_is_the_mean_of_those_of_the_voters_for_the_cla
     candidates = boxes, scores, masks = make_candidates()
     generator = torch.Generator().manual_seed(1)
     class_boxes = boxes.repeat(1, CLASSES) + 4 * torch.randn(len(boxes), 4 * CLASSES, generator=generator)
-    result = vote_masks(*candidates, SIZE, class_boxes=class_boxes)
+    result = vote_masks(*candidates, SIZE, class_boxes=class_boxes, detection_box="regressed")
     tight = vote_masks(*candidates, SIZE)
     for i, (survivor, cls) in enumerate(zip(result.candidates.tolist(), result.pred_classes.tolist())):
         ious = [slow_iou(box, boxes[survivor].tolist()) for box in boxes.tolist()]
@@ -289,11 +270,12 @@ def test_class_boxes_that_are_not_finite_leave_their_candidate_out():
     boxes, scores, masks = make_candidates()
     class_boxes = boxes.repeat(1, CLASSES)
     class_boxes[3, 5] = math.nan
-    assert 3 not in vote_masks(boxes, scores, masks, SIZE, class_boxes=class_boxes, nms_threshold=1.0).candidates
+    settings = {"class_boxes": class_boxes, "detection_box": "regressed", "nms_threshold": 1.0}
+    assert 3 not in vote_masks(boxes, scores, masks, SIZE, **settings).candidates
 
 
 def test_class_boxes_of_no_candidates():
-    result = vote_masks(*make_candidates(0), SIZE, class_boxes=torch.zeros(0, 4 * CLASSES))
+    result = vote_masks(*make_candidates(0), SIZE, class_boxes=torch.zeros(0, 4 * CLASSES), detection_box="regressed")
     assert result.pred_boxes.tensor.shape == result.mask_boxes.tensor.shape == (0, 4)
 
 

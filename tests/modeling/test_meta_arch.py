@@ -74,9 +74,10 @@ def model(small_config):
 
 def make_lively(model):
     """Larger output weights than at the start of training, so that images differ in what is detected."""
-    for layer in (model.roi_heads.predictor.seg_cls_score, model.roi_heads.predictor.cls_score):
+    (heads,) = model.roi_heads.passes
+    for layer in (heads.classifier.predictor.seg_cls_score, heads.classifier.predictor.cls_score):
         torch.nn.init.normal_(layer.weight, std=1.0)
-    for layer in (model.roi_heads.mask_head.fc1, model.roi_heads.mask_head.fc2):
+    for layer in (heads.mask_head.fc1, heads.mask_head.fc2):
         torch.nn.init.normal_(layer.weight, std=0.1)
     return model.eval()
 
@@ -221,11 +222,12 @@ def test_passes_tell_of_every_box_in_the_frame_of_the_image(model):
         assert other.image_size == (2 * SIZE, SIZE)
         torch.testing.assert_close(other.pred_boxes.tensor, one.pred_boxes.tensor * torch.tensor([1.0, 2.0, 1.0, 2.0]))
         classes = model.roi_heads.num_classes
-        assert one.mask_probabilities.shape == (len(one), 28, 28) and one.class_scores.shape == (len(one), classes + 1)
-        torch.testing.assert_close(one.mask_class_scores.sum(dim=1), torch.ones(len(one)))
-        assert torch.equal(one.scores, one.mask_class_scores[:, :classes].max(dim=1).values)
+        assert one.mask_probabilities.shape == (len(one), 28, 28)
+        assert one.cls_probabilities.shape == (len(one), classes + 1)
+        torch.testing.assert_close(one.seg_cls_probabilities.sum(dim=1), torch.ones(len(one)))
+        assert torch.equal(one.scores, one.seg_cls_probabilities[:, :classes].max(dim=1).values)
     # The results of voting are candidates of one of the passes.
-    candidates = torch.cat([x.mask_class_scores for x in plain["passes"]])
+    candidates = torch.cat([x.seg_cls_probabilities for x in plain["passes"]])
     instances = plain["instances"]
     assert torch.equal(instances.scores, candidates[instances.candidates, instances.pred_classes])
 
@@ -295,7 +297,7 @@ def test_a_picture_of_little(model, change):
     elif change == "a mask that is empty":
         inputs[0]["instances"].gt_masks.tensor[0] = False
     elif change == "no detections":
-        model.roi_heads.predictor.test_score_thresh = 1.0
+        model.roi_heads.passes[0].classifier.predictor.test_score_thresh = 1.0
     elif change == "no masks":
         model.roi_heads.mask_on = False
     ((_, image),) = visualized(model, inputs)

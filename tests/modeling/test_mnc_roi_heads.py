@@ -63,7 +63,7 @@ def test_first_pass_is_sampled_and_the_next_takes_all_boxes_and_ground_truth(
 ):
     heads = make_roi_heads(batch_size_per_image=16)
     counts = []
-    heads.mask_head.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    heads.passes[0].mask_head.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
     train(heads, make_map(), [make_proposals(random_boxes(100))], [make_target(GT, [1, 0])])
     assert counts == [16, 18]
 
@@ -106,7 +106,7 @@ def test_mask_level_labels_need_box_and_mask_to_overlap_by_half(
     (labelled,), _ = train(heads, make_map(), [make_proposals(WHOLE_PIXEL_BOXES)], [target])
     assert len(labelled) == len(WHOLE_PIXEL_BOXES) + 2
     for box, cls, index, label in zip(
-        labelled.proposal_boxes.tensor.int().tolist(), labelled.gt_classes, labelled.gt_index, labelled.gt_mask_classes
+        labelled.proposal_boxes.tensor.int().tolist(), labelled.gt_classes, labelled.gt_index, labelled.gt_seg_classes
     ):
         x1, y1, x2, y2 = box
         image = np.zeros((64, 64), dtype=bool)
@@ -125,7 +125,7 @@ def test_instances_without_a_mask_have_no_mask_loss_and_box_level_labels(
     target = make_target(GT, [1, 0], masks=masks, has_mask=[True, False])
     (labelled,), losses = train(heads, make_map(), [make_proposals([])], [target])
     # Only the two ground-truth boxes are there. The predicted masks are empty, so the first is background.
-    by_class = dict(zip(labelled.gt_classes.tolist(), labelled.gt_mask_classes.tolist()))
+    by_class = dict(zip(labelled.gt_classes.tolist(), labelled.gt_seg_classes.tolist()))
     assert by_class == {1: BACKGROUND, 0: 0}
     # All 16 texels of the first are foreground, predicted with logit -10; the second does not count.
     assert losses["loss_mask_s2"].item() == pytest.approx(10.0, rel=1e-4)
@@ -153,9 +153,7 @@ def test_mask_target_follows_the_threshold(make_roi_heads, make_map, make_propos
     masks[0, 8:24, 8:13] = True  # one texel, of 4 x 4 pixels, and a quarter of the next
     losses = {}
     for threshold in (0.2, 0.3):
-        heads = make_roi_heads(
-            mask_head=FixedMasks([[1, 1, 0, 0]] * 4), mask_target_threshold=threshold, num_passes_train=1
-        )
+        heads = make_roi_heads(mask_head=FixedMasks([[1, 1, 0, 0]] * 4), target_threshold=threshold, num_passes_train=1)
         target = make_target([GT[0]], [1], masks=masks)
         losses[threshold] = train(heads, make_map(), [make_proposals([])], [target])[1]["loss_mask_s2"].item()
     # With 0.2 the prediction is the target; with 0.3 a quarter of the texels is wrong by a logit of 10.
@@ -166,7 +164,7 @@ def test_mask_loss_weight(make_roi_heads, make_map, make_proposals, make_target)
     losses = []
     for weight in (1.0, 2.0):
         torch.manual_seed(0)
-        heads = make_roi_heads(mask_loss_weight=weight)
+        heads = make_roi_heads(loss_weight=weight)
         losses.append(train(heads, make_map(), [make_proposals(GT)], [make_target(GT, [1, 0])])[1])
     for name in losses[0]:
         assert losses[1][name].item() == pytest.approx(losses[0][name].item() * (2 if "mask" in name else 1))
@@ -245,7 +243,7 @@ def test_an_image_without_instances_trains_the_background_class(
     make_roi_heads, make_map, make_proposals, make_target, random_boxes
 ):
     (labelled,), losses = train(make_roi_heads(), make_map(), [make_proposals(random_boxes(12))], [make_target([], [])])
-    assert labelled.gt_classes.tolist() == labelled.gt_mask_classes.tolist() == [BACKGROUND] * 12
+    assert labelled.gt_classes.tolist() == labelled.gt_seg_classes.tolist() == [BACKGROUND] * 12
     assert losses["loss_cls_s3"] > 0 and losses["loss_mask_s2"] == 0 and losses["loss_box_reg_s3"] == 0
 
 
@@ -305,10 +303,8 @@ def test_training_without_targets_is_an_error(make_roi_heads, make_map, make_pro
 
 def test_passes_with_weights_of_their_own_use_them(make_roi_heads, make_map, make_proposals, make_target, random_boxes):
     """Pass 1 of both cascades is the same; pass 2 has other weights, and passes beyond take the last."""
-    names = ("mask_head", "mask_path_head", "box_path_head", "predictor")
-    first, second = make_roi_heads(seed=0), make_roi_heads(seed=1)
-    modules = {name: nn.ModuleList([getattr(first, name), getattr(second, name)]) for name in names}
-    separate = make_roi_heads(**modules)
+    (first,), (second,) = make_roi_heads(seed=0).passes, make_roi_heads(seed=1).passes
+    separate = make_roi_heads(passes=[first, second])
     shared = make_roi_heads(seed=0)
     boxes = random_boxes(12)
     losses = []
@@ -318,7 +314,7 @@ def test_passes_with_weights_of_their_own_use_them(make_roi_heads, make_map, mak
     assert all(torch.equal(losses[0][name], losses[1][name]) == (name[-1] in "23") for name in losses[0])
     # The gradient of the losses of pass 2 reaches its own weights.
     sum(loss for name, loss in losses[0].items() if name[-1] in "45").backward()
-    assert all(x.grad is not None for name in names for x in getattr(second, name).parameters())
+    assert all(x.grad is not None for x in second.parameters())
     separate.eval().num_passes_test = 3
     results, _ = separate(None, make_map(), [make_proposals(boxes)])
     assert len(results[0]) > 0

@@ -6,8 +6,6 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
-from mnc_d2.modeling.roi_heads import mnc_roi_heads
-
 SIZES = [(64, 64), (48, 60), (30, 64)]
 
 
@@ -22,7 +20,7 @@ def proposals(make_proposals, random_boxes):
     return [make_proposals(random_boxes(12, i, (30, 48)), size) for i, size in enumerate(SIZES)]
 
 
-def candidates_of(heads, features, proposals, monkeypatch):
+def candidates_of(heads, features, proposals):
     """Return (boxes, scores, masks, image size) that mask voting gets for each image."""
     calls = []
 
@@ -30,7 +28,7 @@ def candidates_of(heads, features, proposals, monkeypatch):
         calls.append(args)
         return Instances(args[3])
 
-    monkeypatch.setattr(mnc_roi_heads, "vote_masks", vote)
+    heads.vote = vote
     infer(heads, features, proposals)
     return calls
 
@@ -79,19 +77,19 @@ def test_one_class(make_roi_heads, make_map, proposals):
 # ---- passes
 
 
-def test_candidates_are_scored_at_mask_level(make_roi_heads, make_map, proposals, monkeypatch):
+def test_candidates_are_scored_at_mask_level(make_roi_heads, make_map, proposals):
     heads = make_roi_heads(num_passes_test=1)
     outputs = []
-    heads.predictor.register_forward_hook(lambda module, args, output: outputs.append(output))
-    calls = candidates_of(heads, make_map(n=3), proposals, monkeypatch)
+    heads.passes[0].classifier.predictor.register_forward_hook(lambda module, args, output: outputs.append(output))
+    calls = candidates_of(heads, make_map(n=3), proposals)
     probabilities = outputs[0][1].softmax(dim=1)[:, :2]
     assert torch.equal(torch.cat([scores for _, scores, *_ in calls]), probabilities)
 
 
 @pytest.mark.parametrize("num_passes", [1, 2, 3])
-def test_candidates_of_all_passes_go_to_mask_voting(make_roi_heads, make_map, proposals, monkeypatch, num_passes):
+def test_candidates_of_all_passes_go_to_mask_voting(make_roi_heads, make_map, proposals, num_passes):
     heads = make_roi_heads(num_passes_train=1, num_passes_test=num_passes)
-    calls = candidates_of(heads, make_map(n=3), proposals, monkeypatch)
+    calls = candidates_of(heads, make_map(n=3), proposals)
     assert [size for *_, size in calls] == SIZES
     for (boxes, scores, masks, _), proposal in zip(calls, proposals):
         count = 12 * num_passes
@@ -99,22 +97,22 @@ def test_candidates_of_all_passes_go_to_mask_voting(make_roi_heads, make_map, pr
         assert torch.equal(boxes[:12], proposal.proposal_boxes.tensor)
 
 
-def test_first_pass_is_the_same_whatever_follows(make_roi_heads, make_map, proposals, monkeypatch):
-    first = candidates_of(make_roi_heads(num_passes_test=1), make_map(n=3), proposals, monkeypatch)
-    more = candidates_of(make_roi_heads(num_passes_test=3), make_map(n=3), proposals, monkeypatch)
+def test_first_pass_is_the_same_whatever_follows(make_roi_heads, make_map, proposals):
+    first = candidates_of(make_roi_heads(num_passes_test=1), make_map(n=3), proposals)
+    more = candidates_of(make_roi_heads(num_passes_test=3), make_map(n=3), proposals)
     for a, b in zip(first, more):
         assert all(torch.equal(x, y[:12]) for x, y in zip(a[:3], b[:3]))
 
 
-def test_next_pass_starts_from_the_regressed_boxes_of_its_image(make_roi_heads, make_map, proposals, monkeypatch):
+def test_next_pass_starts_from_the_regressed_boxes_of_its_image(make_roi_heads, make_map, proposals):
     """Two passes on the proposals are, in their second half, one pass on the boxes that the first one regressed."""
     heads = make_roi_heads(num_passes_test=2)
-    calls = candidates_of(heads, make_map(n=3), proposals, monkeypatch)
+    calls = candidates_of(heads, make_map(n=3), proposals)
     heads.num_passes_test = 1
     again = []
     for (boxes, *_), size in zip(calls, SIZES):
         again.append(Instances(size, proposal_boxes=Boxes(boxes[12:])))
-    repeated = candidates_of(heads, make_map(n=3), again, monkeypatch)
+    repeated = candidates_of(heads, make_map(n=3), again)
     for a, b in zip(calls, repeated):
         assert all(torch.equal(x[12:], y) for x, y in zip(a[:3], b[:3]))
 
@@ -123,17 +121,17 @@ def test_boxes_that_are_surely_background_go_no_further(make_roi_heads, make_map
     heads = make_roi_heads(num_passes_test=2).eval()
     with torch.no_grad():
         every = heads.run_passes(make_map(n=3), proposals)
-        scores = [x.softmax(dim=1)[:, :-1].sum(dim=1) for x in (every[0].scores, every[0].mask_scores)]
+        scores = [x.softmax(dim=1)[:, :-1].sum(dim=1) for x in (every[0].cls_logits, every[0].seg_cls_logits)]
         foreground = torch.maximum(*scores)  # of any class, at either level
         heads.next_pass_min_score = foreground.median().item()
         some = heads.run_passes(make_map(n=3), proposals)
-    torch.testing.assert_close(every[0].foreground_scores, foreground)
-    keep = (every[0].foreground_scores >= heads.next_pass_min_score).split([12, 12, 12])
+    torch.testing.assert_close(every[0].foreground_probabilities, foreground)
+    keep = (every[0].foreground_probabilities >= heads.next_pass_min_score).split([12, 12, 12])
     assert [len(x) for x in some[0].boxes] == [12, 12, 12]
     assert 0 < len(some[1].masks) < 36
     for image in range(3):
         assert torch.equal(some[1].boxes[image].tensor, every[1].boxes[image].tensor[keep[image]])
-    torch.testing.assert_close(some[1].mask_scores, every[1].mask_scores[torch.cat(keep)])
+    torch.testing.assert_close(some[1].seg_cls_logits, every[1].seg_cls_logits[torch.cat(keep)])
     assert len(infer(heads, make_map(n=3), proposals)) == 3
 
 
@@ -159,11 +157,11 @@ BIAS = {"class 0": (3.0, 0.0, 0.0), "class 1": (0.0, 3.0, 0.0), "background": (0
     ],
 )
 def test_next_boxes_take_the_deltas_of_the_best_mask_level_class(
-    make_roi_heads, make_map, make_proposals, monkeypatch, best, allow_background, shift
+    make_roi_heads, make_map, make_proposals, best, allow_background, shift
 ):
     heads = make_roi_heads(next_box_background=allow_background)
-    fix_outputs(heads.predictor, BIAS[best])
-    calls = candidates_of(heads, make_map(), [make_proposals([[20, 10, 40, 50]])], monkeypatch)
+    fix_outputs(heads.passes[0].classifier.predictor, BIAS[best])
+    calls = candidates_of(heads, make_map(), [make_proposals([[20, 10, 40, 50]])])
     expected = torch.tensor([20.0, 10.0, 40.0, 50.0]) + torch.tensor(shift * 2)
     torch.testing.assert_close(calls[0][0][1], expected)
 
@@ -181,7 +179,7 @@ def fix_outputs(predictor, seg_cls_bias):
 
 def test_background_never_regresses_a_box_in_training(make_roi_heads, make_map, make_proposals, make_target):
     heads = make_roi_heads(next_box_background=True, proposal_append_gt=False)
-    fix_outputs(heads.predictor, BIAS["background"])
+    fix_outputs(heads.passes[0].classifier.predictor, BIAS["background"])
     pooled_boxes = []
     heads.pooler.register_forward_pre_hook(lambda module, args: pooled_boxes.append(args[1][0].tensor.detach()))
     target = make_target([[20, 10, 40, 50]], [0])
@@ -189,11 +187,11 @@ def test_background_never_regresses_a_box_in_training(make_roi_heads, make_map, 
     torch.testing.assert_close(pooled_boxes[1][0], torch.tensor([22.0, 10.0, 42.0, 50.0]))
 
 
-def test_next_boxes_are_clipped_to_their_image(make_roi_heads, make_map, make_proposals, monkeypatch):
+def test_next_boxes_are_clipped_to_their_image(make_roi_heads, make_map, make_proposals):
     heads = make_roi_heads()
-    fix_outputs(heads.predictor, BIAS["class 1"])
+    fix_outputs(heads.passes[0].classifier.predictor, BIAS["class 1"])
     proposals = [make_proposals([[20, 10, 40, 50]], size) for size in ((50, 41), (64, 64))]
-    calls = candidates_of(heads, make_map(n=2), proposals, monkeypatch)
+    calls = candidates_of(heads, make_map(n=2), proposals)
     torch.testing.assert_close(calls[0][0][1], torch.tensor([22.0, 10.0, 41.0, 50.0]))
     torch.testing.assert_close(calls[1][0][1], torch.tensor([22.0, 10.0, 42.0, 50.0]))
 
@@ -203,12 +201,14 @@ def test_next_boxes_are_clipped_to_their_image(make_roi_heads, make_map, make_pr
 
 def test_mask_level_path_sees_masked_features_and_box_path_plain_ones(make_roi_heads, make_map, proposals):
     heads = make_roi_heads(num_passes_test=1)
-    seen = {}
+    seen, classifier = {}, heads.passes[0].classifier
     for name in ("mask_path_head", "box_path_head"):
-        getattr(heads, name).register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args[0]}))
+        getattr(classifier, name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0]})
+        )
     pooled, masks = [], []
-    heads.pooler.register_forward_hook(lambda module, args, output: pooled.append(output))
-    heads.mask_head.register_forward_hook(lambda module, args, output: masks.append(output.sigmoid()))
+    heads.pooler.register_forward_hook(lambda module, args, output: pooled.append(output[1]))
+    heads.passes[0].mask_head.register_forward_hook(lambda module, args, output: masks.append(output.sigmoid()))
     infer(heads, make_map(n=3), proposals)
     masked = pooled[0] * masks[0][:, None]
 
@@ -227,10 +227,12 @@ def test_mask_level_path_sees_masked_features_and_box_path_plain_ones(make_roi_h
 def test_without_masks_the_detections_are_class_boxes_with_box_level_scores(make_roi_heads, make_map, proposals):
     heads = make_roi_heads(mask_on=False, num_passes_test=1)
     outputs = []
-    heads.predictor.register_forward_hook(lambda module, args, output: outputs.append(output))
+    heads.passes[0].classifier.predictor.register_forward_hook(lambda module, args, output: outputs.append(output))
     results = infer(heads, make_map(n=3), proposals)
     scores, _, deltas = outputs[0]
-    boxes = heads.predictor.predict_class_boxes(torch.cat([x.proposal_boxes.tensor for x in proposals]), deltas)
+    boxes = heads.passes[0].classifier.predictor.predict_class_boxes(
+        torch.cat([x.proposal_boxes.tensor for x in proposals]), deltas
+    )
     expected, _ = fast_rcnn_inference(boxes.split(12), scores.softmax(1).split(12), SIZES, 0.0, 0.5, 100)
     for result, other in zip(results, expected):
         assert not result.has("pred_masks")
@@ -259,8 +261,8 @@ def test_masks_in_given_boxes_are_those_of_the_mask_head(make_roi_heads, make_ma
     ]
     with torch.no_grad():
         results = heads.forward_with_given_boxes(features, instances)
-        pooled = heads.pooler([features["map"]], [x.pred_boxes for x in instances])
-        expected = heads.mask_head(pooled).sigmoid()
+        pooled, _ = heads.pooler(features, [x.pred_boxes for x in instances], 1)
+        expected = heads.passes[0].mask_head(pooled).sigmoid()
     assert torch.equal(results[0].pred_masks, expected[:, None])
     assert results[1].pred_masks.shape == (0, 1, 4, 4)
 

@@ -37,12 +37,12 @@ def test_it_is_detectron2s_res5_and_the_average(cfg):
 
 def test_both_paths_have_one_and_the_classifier_joins_them(cfg):
     heads = MNCROIHeads(cfg, {"res4": ShapeSpec(channels=64, stride=16)})
-    assert isinstance(heads.mask_path_head, Res5BoxHead) and isinstance(heads.box_path_head, Res5BoxHead)
-    assert heads.mask_path_head is not heads.box_path_head
-    assert heads.predictor.cls_score.in_features == 2 * 128
+    classifier = heads.passes[0].classifier
+    paths = classifier.mask_path_head, classifier.box_path_head
+    assert all(isinstance(path, Res5BoxHead) for path in paths) and paths[0] is not paths[1]
+    assert classifier.predictor.cls_score.in_features == 2 * 128
     pooled, masks = torch.rand(3, 64, 14, 14), torch.rand(3, 28, 28)
-    scores, _, _ = heads._classify(0, pooled, masks)
-    assert scores.shape == (3, 3)
+    assert classifier(pooled, masks).cls_logits.shape == (3, 3)
 
 
 def test_features_of_another_stage_are_an_error_that_names_the_key(cfg):

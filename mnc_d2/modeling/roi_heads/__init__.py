@@ -1,7 +1,21 @@
+from .cascade_pass import CascadePass
 from .cfm_roi_heads import CFMROIHeads
-from .classifier import MNCOutputLayers
+from .classifier import MaskedFeatureClassifier
 from .mask_head import MaskRegressionHead
+from .mask_supervision import MaskSupervision
+from .mask_voting import vote_masks
 from .mnc_roi_heads import MNCROIHeads
+from .output_layers import MNCOutputLayers
 from .res5_head import Res5BoxHead
 
-__all__ = ["CFMROIHeads", "MNCOutputLayers", "MNCROIHeads", "MaskRegressionHead", "Res5BoxHead"]
+__all__ = [
+    "CFMROIHeads",
+    "CascadePass",
+    "MNCOutputLayers",
+    "MNCROIHeads",
+    "MaskRegressionHead",
+    "MaskSupervision",
+    "MaskedFeatureClassifier",
+    "Res5BoxHead",
+    "vote_masks",
+]

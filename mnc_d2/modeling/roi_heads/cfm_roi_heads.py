@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
-from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
-from .mask_head import crop_masks, mask_targets
+from .cascade_pass import CascadePass
+from .mask_supervision import crop_masks, mask_targets
 from .metrics import log_metrics
 from .mnc_roi_heads import MNCROIHeads
 from .outputs import PassOutput
@@ -18,6 +18,8 @@ from .outputs import PassOutput
 class CFMROIHeads(MNCROIHeads):
     """Stage 3 alone: one pass whose masks are not regressed but come with the proposals.
 
+    Proposals also have ``proposal_masks`` (P, m, m), probabilities in the frames of their boxes.
+
     The second model of the authors' released code (Dai, He and Sun, CVPR 2015), there on MCG's proposals.
     """
 
@@ -25,30 +27,18 @@ class CFMROIHeads(MNCROIHeads):
     def __init__(self, **kwargs) -> None:
         """
         Args:
-            kwargs: those of :class:`MNCROIHeads`; the mask head is not used.
+            kwargs: those of :class:`MNCROIHeads`, with one pass.
         """
-        super().__init__(**{**kwargs, "mask_head": None, "num_passes_train": 1, "num_passes_test": 1})
+        super().__init__(**{**kwargs, "num_passes_train": 1, "num_passes_test": 1})
 
     @classmethod
-    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]):
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.MNC.SHARE_PASSES = True  # there is one
-        return super().from_config(cfg, input_shape)
+    def build_passes(cls, cfg, channels: int) -> list[CascadePass]:
+        """One pass, without a mask head."""
+        return [CascadePass.from_config(cfg, channels, with_mask_head=False)]
 
-    def forward(
-        self,
-        images: ImageList,
-        features: dict[str, torch.Tensor],
-        proposals: list[Instances],
-        targets: list[Instances] | None = None,
+    def _train(
+        self, features: dict[str, torch.Tensor], proposals: list[Instances], targets: list[Instances]
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
-        """As :meth:`MNCROIHeads.forward`, for proposals that also have ``proposal_masks`` (P, m, m), probabilities."""
-        if not self.training:
-            return super().forward(images, features, proposals)
-        if targets is None:
-            raise ValueError("CFMROIHeads needs targets in training")
-
         boxes, masks = [x.proposal_boxes for x in proposals], _given_masks(proposals)
         if self.proposal_append_gt:
             with_mask = [x[x.gt_has_mask] if x.has("gt_has_mask") else x for x in targets]
@@ -56,7 +46,7 @@ class CFMROIHeads(MNCROIHeads):
             masks = [torch.cat((x, _gt_proposals(target, x.shape[-1]))) for x, target in zip(masks, with_mask)]
         labelled = self.label_proposals(boxes, targets, sample=True)
         sampled = torch.cat([x[proposal.proposal_index] for x, proposal in zip(masks, labelled)])
-        pooled = self.pooler([features[name] for name in self.in_features], [x.proposal_boxes for x in labelled])
+        _, pooled = self.pooler(features, [x.proposal_boxes for x in labelled], 0)
         truth = mask_targets(labelled, targets, sampled.shape[-1])
         _, losses, metrics = self._train_classifier(0, pooled, sampled, labelled, truth)
         log_metrics(metrics)
@@ -65,8 +55,9 @@ class CFMROIHeads(MNCROIHeads):
     def run_passes(self, features: dict[str, torch.Tensor], proposals: list[Instances]) -> list[PassOutput]:
         """Classify proposals at inference; one output. As :meth:`MNCROIHeads.run_passes`."""
         boxes, masks = [x.proposal_boxes for x in proposals], torch.cat(_given_masks(proposals))
-        pooled = self.pooler([features[name] for name in self.in_features], boxes)
-        return [PassOutput(0, boxes, masks, *self._classify(0, pooled, masks))]
+        _, pooled = self.pooler(features, boxes, 0)
+        sizes = [x.image_size for x in proposals]
+        return [PassOutput(0, boxes, sizes, masks, *self.heads_of(0).classifier(pooled, masks))]
 
     def forward_with_given_boxes(
         self, features: dict[str, torch.Tensor], instances: list[Instances]

@@ -58,8 +58,8 @@ def sample_rois(
     num_classes: int,
     batch_size: int,
     positive_fraction: float,
-    bands: Sequence[tuple[float, float]],
-    band_fractions: Sequence[float],
+    bands: Sequence[tuple[float, float]] = ((0.1, 0.5), (0.0, 0.1)),
+    band_fractions: Sequence[float] = (0.85, 0.15),
     refill: bool = True,
 ) -> torch.Tensor:
     """Draw RoIs of one image at random: some foreground, the rest background from bands of IoU.

@@ -25,7 +25,7 @@ def make_proposals(boxes, gt_boxes, classes, mask_classes):
     proposals.proposal_boxes = Boxes(boxes)
     proposals.gt_boxes = Boxes(gt_boxes)
     proposals.gt_classes = torch.tensor(classes, dtype=torch.long)
-    proposals.gt_mask_classes = torch.tensor(mask_classes, dtype=torch.long)
+    proposals.gt_seg_classes = torch.tensor(mask_classes, dtype=torch.long)
     return proposals
 
 

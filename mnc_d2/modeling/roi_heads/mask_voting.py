@@ -21,14 +21,14 @@ def vote_masks(
     voting_iou_threshold: float = 0.5,
     mask_threshold: float = 0.4,
     max_detections: int = 100,
-    sampling: str = "center",
     class_boxes: torch.Tensor | None = None,
+    detection_box: str = "tight",
 ) -> Instances:
     """Reduce the candidates of one image to detections.
 
     Boxes that survive a class-wise NMS are the detections. The mask of each is the average of the masks of all
-    candidates that overlap it, weighted by their score for its class and rendered in the image. The box of a detection
-    is the tight box of the resulting mask or, with ``class_boxes``, the average of these with the same weights.
+    candidates that overlap it, weighted by their score for its class and rendered in the image: a pixel belongs to a
+    box if its centre lies inside, and takes the value of the mask there, bilinearly between the centres of the texels.
     Candidates that are not finite, or whose area is not, are left out.
 
     Args:
@@ -41,22 +41,22 @@ def vote_masks(
         voting_iou_threshold: candidates whose box has at least this IoU to a survivor vote for its mask.
         mask_threshold: a pixel belongs to a detection from this averaged probability on.
         max_detections: over all classes; negative for no limit.
-        sampling: "center": boxes are continuous, a pixel belongs to a box if its centre lies inside and takes the value
-            of the mask there, bilinearly between the centres of the texels; a detection without any pixel keeps its
-            box. "caffe" reproduces the authors' released code: boxes hold the coordinates of the corner pixels, both
-            inclusive, pixels and texels are sampled at their top-left corners, the last row and column of texels
-            without interpolation, a pixel must be above ``mask_threshold``, and a detection without any pixel becomes
-            the pixel in the middle of the image.
-        class_boxes: (K, 4 C), each candidate regressed for each class, in image pixels.
+        class_boxes: (K, 4 C), each candidate regressed for each class, in image pixels; only needed for "regressed".
+        detection_box: the box of a detection, "tight": around the pixels of its mask, or the candidate itself if it has
+            none; or "regressed": the average of ``class_boxes``, with the weights of the masks.
 
     Returns:
         Instances with ``pred_boxes``, ``scores``, ``pred_classes`` and ``pred_masks`` (D, 1, m, m), float32, the
         averaged probabilities in the frame of the tight box, highest score first; ``candidates`` (D,), int64, the
-        index of the candidate that survived, and ``num_voters`` (D,), int64. With ``class_boxes`` the tight boxes are
+        index of the candidate that survived, and ``num_voters`` (D,), int64. With "regressed" the tight boxes are
         ``mask_boxes``, else they are ``pred_boxes``.
     """
-    if sampling not in ("center", "caffe"):
-        raise ValueError(f'sampling must be "center" or "caffe", got {sampling!r}')
+    if detection_box not in ("tight", "regressed"):
+        raise ValueError(f'detection_box must be "tight" or "regressed", got {detection_box!r}')
+    if detection_box == "tight":
+        class_boxes = None
+    elif class_boxes is None:
+        raise ValueError('detection_box "regressed" needs class_boxes')
     if score_threshold < 0:
         raise ValueError(f"score_threshold must be at least 0, got {score_threshold}")
     # Coordinates and sums of probabilities need float32, also where the network runs under autocast.
@@ -71,7 +71,6 @@ def vote_masks(
             voting_iou_threshold,
             mask_threshold,
             max_detections,
-            sampling == "caffe",
             class_boxes,
         )
 
@@ -86,28 +85,19 @@ def _vote_masks(
     voting_iou_threshold: float,
     mask_threshold: float,
     max_detections: int,
-    caffe: bool,
     class_boxes: torch.Tensor | None,
 ) -> Instances:
-    areas = (boxes[:, 2:] - boxes[:, :2]).float().prod(dim=1)
-    finite = (
-        boxes.isfinite().all(dim=1)
-        & areas.isfinite()
-        & scores.isfinite().all(dim=1)
-        & masks.isfinite().all(dim=2).all(dim=1)
-    )
+    finite = find_finite(boxes, scores, masks)
     if class_boxes is not None:
         finite &= class_boxes.isfinite().all(dim=1)
     given = finite.nonzero().squeeze(1)
     boxes, scores, masks = (x[given].float() for x in (boxes, scores, masks))
-    # Areas of boxes with inclusive corners are those of boxes that end one pixel further.
-    extents = Boxes(boxes + boxes.new_tensor([0, 0, 1, 1]) if caffe else boxes)
-    survivor, cls = select_detections(extents.tensor, scores, score_threshold, nms_threshold, max_detections)
-    ious = pairwise_iou(extents[survivor], extents)  # (D, K)
+    survivor, cls = select_detections(boxes, scores, score_threshold, nms_threshold, max_detections)
+    ious = pairwise_iou(Boxes(boxes[survivor]), Boxes(boxes))  # (D, K)
     votes = ious >= voting_iou_threshold
     # A box without area has no IoU, not even with itself.
     votes[torch.arange(len(survivor), device=boxes.device), survivor] = True
-    group_of = _group(extents.tensor[survivor], scores[survivor, cls], ious[:, survivor], voting_iou_threshold)
+    group_of = group_detections(boxes[survivor], scores[survivor, cls], ious[:, survivor], voting_iou_threshold)
     weights = scores[:, cls].T * votes
     weights = weights / weights.sum(dim=1, keepdim=True)
     regressed = None
@@ -115,25 +105,23 @@ def _vote_masks(
         regressed = _average_boxes(weights, class_boxes[given].float(), cls, image_size)
 
     voters = votes.any(dim=0).nonzero().squeeze(1)
-    merger = MaskMerger(boxes[voters], masks[voters], image_size, caffe)
+    merger = MaskMerger(boxes[voters], masks[voters], image_size)
     weights, voting = weights[:, voters], votes[:, voters]
     merged = merger.merge(weights, voting, group_of, mask_threshold)
     tight, size = merged.tight_boxes, masks.shape[-1]
-    soft_masks = sample_masks(merged, tight, size, image_size, caffe)
+    soft_masks = sample_masks(merged, tight, size)
     empty = (tight[:, 2] <= tight[:, 0]).nonzero().squeeze(1)
     if len(empty) > 0:
-        tight[empty] = _boxes_without_pixels(boxes[survivor[empty]], image_size, caffe)
+        tight[empty] = _clip(boxes[survivor[empty]], image_size)
         merged = merger.merge(
             weights[empty], voting[empty], torch.arange(len(empty), device=empty.device), mask_threshold, tight[empty]
         )
-        soft_masks[empty] = sample_masks(merged, tight[empty], size, image_size, caffe)
+        soft_masks[empty] = sample_masks(merged, tight[empty], size)
 
     result = Instances(image_size)
-    tight = Boxes(tight - tight.new_tensor([0, 0, 1, 1]) if caffe else tight)
-    if regressed is None:
-        result.pred_boxes = tight
-    else:
-        result.pred_boxes, result.mask_boxes = Boxes(regressed), tight
+    result.pred_boxes = Boxes(tight if regressed is None else regressed)
+    if regressed is not None:
+        result.mask_boxes = Boxes(tight)
     result.scores = scores[survivor, cls]
     result.pred_classes = cls
     result.pred_masks = soft_masks[:, None]
@@ -153,19 +141,26 @@ def _average_boxes(
         classes: (D,), int64.
         image_size: (height, width).
     """
-    height, width = image_size
     class_boxes = class_boxes.unflatten(1, (class_boxes.shape[1] // 4, 4)).transpose(0, 1)  # (C, K, 4)
     averages = torch.bmm(weights[:, None], class_boxes[classes])[:, 0]
-    return averages.clamp(min=0).minimum(averages.new_tensor([width, height, width, height]))
+    return _clip(averages, image_size)
 
 
-def _boxes_without_pixels(boxes: torch.Tensor, image_size: tuple[int, int], caffe: bool) -> torch.Tensor:
-    """The boxes (D, 4), far corner exclusive, of detections with no pixel that reaches the threshold."""
+def _clip(boxes: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+    """Clip boxes (D, 4) to an image of (height, width)."""
     height, width = image_size
-    if caffe:
-        middle = boxes.new_tensor([width // 2, height // 2, width // 2 + 1, height // 2 + 1])
-        return middle.expand(len(boxes), 4)
     return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+
+
+def find_finite(boxes: torch.Tensor, scores: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Which candidates, boxes (K, 4), scores (K, C) and masks (K, m, m), are finite, and of finite area: (K,), bool."""
+    areas = (boxes[:, 2:] - boxes[:, :2]).float().prod(dim=1)
+    return (
+        boxes.isfinite().all(dim=1)
+        & areas.isfinite()
+        & scores.isfinite().all(dim=1)
+        & masks.isfinite().all(dim=2).all(dim=1)
+    )
 
 
 def select_detections(
@@ -199,7 +194,7 @@ def select_detections(
         count *= 4
 
 
-def _group(boxes: torch.Tensor, scores: torch.Tensor, ious: torch.Tensor, threshold: float) -> torch.Tensor:
+def group_detections(boxes: torch.Tensor, scores: torch.Tensor, ious: torch.Tensor, threshold: float) -> torch.Tensor:
     """Group detections (D,) of all classes around the best of those that are near one another: (D,), int64, from 0 on.
 
     Detections of several classes that are near one another have mostly the same voters.

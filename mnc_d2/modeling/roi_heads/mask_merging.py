@@ -30,48 +30,32 @@ class MaskMerger:
     stretching is. Only the two texels next to a pixel take part, not a whole row or column as in a product of matrices.
     """
 
-    def __init__(self, boxes: torch.Tensor, masks: torch.Tensor, image_size: tuple[int, int], caffe: bool) -> None:
+    def __init__(self, boxes: torch.Tensor, masks: torch.Tensor, image_size: tuple[int, int]) -> None:
         """
         Args:
             boxes: (K, 4), float32, in image pixels.
             masks: (K, m, m), float32, probabilities in the frame of the box.
             image_size: (height, width).
-            caffe: see ``sampling`` of :func:`~mnc_d2.modeling.vote_masks`.
         """
         height, width = image_size
         count, self.mask_size, _ = masks.shape
-        x = _find_texels(boxes[:, 0], boxes[:, 2], width, self.mask_size, caffe)
-        y = _find_texels(boxes[:, 1], boxes[:, 3], height, self.mask_size, caffe)
+        x = _find_texels(boxes[:, 0], boxes[:, 2], width, self.mask_size)
+        y = _find_texels(boxes[:, 1], boxes[:, 3], height, self.mask_size)
         self.image_size = image_size
-        self.caffe = caffe
         # The largest that a column or row of pixels can have of each mask.
         self.column_bounds = _texel_maxima(masks.amax(dim=1), x)
         self.row_bounds = _texel_maxima(masks.amax(dim=2), y)
 
-        # Tables of stretched rows, each a sum of two columns of texels: (K, tables, width, 2), into the columns of all.
+        # Stretched rows, each element a sum of two columns of texels: (K, width, 2), into the columns of all masks.
         self.columns = masks.transpose(1, 2).reshape(count * self.mask_size, self.mask_size)
         first_column = self.mask_size * torch.arange(count, dtype=torch.int32, device=masks.device)[:, None]
-        column_index = torch.stack((first_column + x.low, first_column + x.high), dim=-1)
-        if caffe:
-            # Bilinear, unless either next texel would be beyond the last: then the nearest above and to the left.
-            inner_x, inner_y, none = x.inside - x.last, y.inside - y.last, torch.zeros_like(x.inside)
-            weights = [((1 - x.fraction) * inner_x, x.fraction * inner_x), (x.inside, none), (x.last, none)]
-            # Which table each pixel row sums up, which of its rows, and the weight.
-            terms = [
-                (0, y.low, (1 - y.fraction) * inner_y),
-                (0, y.high, y.fraction * inner_y),
-                (1, y.low, y.last),
-                (2, y.low, inner_y),
-            ]
-        else:
-            weights = [((1 - x.fraction) * x.inside, x.fraction * x.inside)]
-            terms = [(0, y.low, (1 - y.fraction) * y.inside), (0, y.high, y.fraction * y.inside)]
-        self.column_index = column_index[:, None].expand(-1, len(weights), -1, -1)
-        self.column_weight = torch.stack([torch.stack(pair, dim=-1) for pair in weights], dim=1)
-        # Into the tables of a mask, which follow those of the masks rendered before it: (K, height, terms).
-        self.row_index = torch.stack([table * self.mask_size + row for table, row, _ in terms], dim=-1)
-        self.row_weight = torch.stack([weight for *_, weight in terms], dim=-1)
-        self.first_row = len(weights) * first_column[:, None]
+        self.column_index = torch.stack((first_column + x.low, first_column + x.high), dim=-1)
+        self.column_weight = x.weights
+        # Rows of pixels, each a sum of two stretched rows: (K, height, 2), into those of the mask, which follow those
+        # of the masks rendered before it.
+        self.row_index = torch.stack((y.low, y.high), dim=-1)
+        self.row_weight = y.weights
+        self.first_row = first_column[:, None]
 
     def merge(
         self,
@@ -129,7 +113,7 @@ class MaskMerger:
         back = order.argsort()
         regions = regions[group_of]
         sizes = (regions[:, 2:] - regions[:, :2]).prod(dim=1)[order]
-        occupied = [x[back] > threshold if self.caffe else x[back] >= threshold for x in (in_column, in_row)]
+        occupied = [x[back] >= threshold for x in (in_column, in_row)]
         tight = torch.stack([_first(x) for x in occupied] + [_last(x) + 1 for x in occupied], dim=1)
         return MergedMasks(values, (sizes.cumsum(0) - sizes)[back], regions, tight.float())
 
@@ -155,10 +139,10 @@ class MaskMerger:
     def _add_up(self, weights: torch.Tensor, voters: torch.Tensor, region: list[int], out: torch.Tensor) -> None:
         """Render the masks of voters (n,) in a region (x1, y1, x2, y2) and add them up with weights (D, n)."""
         x1, y1, x2, y2 = region
-        index = self.column_index[:, :, x1:x2].index_select(0, voters)
-        weight = self.column_weight[:, :, x1:x2].index_select(0, voters)
-        stretched = _bag(self.columns, index, weight).view(-1, x2 - x1, self.mask_size)  # (n * tables, w, m)
-        table = stretched.transpose(1, 2).reshape(-1, x2 - x1)  # (n * tables * m, w)
+        index = self.column_index[:, x1:x2].index_select(0, voters)
+        weight = self.column_weight[:, x1:x2].index_select(0, voters)
+        stretched = _bag(self.columns, index, weight).view(-1, x2 - x1, self.mask_size)  # (n, w, m)
+        table = stretched.transpose(1, 2).reshape(-1, x2 - x1)  # (n * m, w)
 
         strip = max(1, _MAX_RENDERED_PIXELS // (len(voters) * (x2 - x1)))
         for start in range(y1, y2, strip):
@@ -169,9 +153,7 @@ class MaskMerger:
             torch.mm(weights, rendered.view(len(voters), -1), out=out.view(len(weights), -1)[:, pixels])
 
 
-def sample_masks(
-    merged: MergedMasks, boxes: torch.Tensor, size: int, image_size: tuple[int, int], caffe: bool
-) -> torch.Tensor:
+def sample_masks(merged: MergedMasks, boxes: torch.Tensor, size: int) -> torch.Tensor:
     """Sample the averaged masks in boxes (D, 4), float32, far corner exclusive, which their regions hold.
 
     Returns:
@@ -180,13 +162,9 @@ def sample_masks(
     if len(boxes) == 0:
         return boxes.new_zeros(0, size, size)
     left, top, right, bottom = (merged.regions[:, i, None] for i in range(4))
-    y_low, y_high, y_fraction = _sample_axis(boxes[:, 1], boxes[:, 3], size, top, bottom, caffe)  # each (D, size)
-    x_low, x_high, x_fraction = _sample_axis(boxes[:, 0], boxes[:, 2], size, left, right, caffe)
+    y_low, y_high, y_fraction = _sample_axis(boxes[:, 1], boxes[:, 3], size, top, bottom)  # each (D, size)
+    x_low, x_high, x_fraction = _sample_axis(boxes[:, 0], boxes[:, 2], size, left, right)
     y_fraction, x_fraction = y_fraction[:, :, None], x_fraction[:, None, :]
-    if caffe:
-        height, width = image_size
-        at_end = (y_low == height - 1)[:, :, None] | (x_low == width - 1)[:, None, :]
-        y_fraction, x_fraction = y_fraction.masked_fill(at_end, 0), x_fraction.masked_fill(at_end, 0)
 
     first_of_row = [(merged.start[:, None] + (y - top) * (right - left))[:, :, None] for y in (y_low, y_high)]
     columns = [(x - left)[:, None, :] for x in (x_low, x_high)]
@@ -198,35 +176,31 @@ def sample_masks(
 
 
 class _Texels(NamedTuple):
-    """Where n pixels lie among m texels along one axis of K boxes; all (K, n)."""
+    """Where n pixels lie among m texels along one axis of K boxes."""
 
-    low: torch.Tensor  # int32, the texel at or before the pixel
-    high: torch.Tensor  # int32, the one after it
-    fraction: torch.Tensor  # how far the pixel is from the first to the second
-    inside: torch.Tensor  # 1 where the pixel belongs to the box, else 0
-    last: (
-        torch.Tensor | None
-    )  # 1 where, moreover, the first is the last of the texels; only for the released code's rule
+    low: torch.Tensor  # (K, n), int32, the texel at or before the pixel
+    high: torch.Tensor  # (K, n), int32, the one after it
+    weights: torch.Tensor  # (K, n, 2), of the two in the pixel; 0 where it does not belong to the box
 
 
-def _find_texels(start: torch.Tensor, end: torch.Tensor, pixels: int, size: int, caffe: bool) -> _Texels:
+def _find_texels(start: torch.Tensor, end: torch.Tensor, pixels: int, size: int) -> _Texels:
     """Find the pixels of an axis of the image among ``size`` texels of boxes from start (K,) to end (K,)."""
-    pixel = torch.arange(pixels, dtype=start.dtype, device=start.device) + (0 if caffe else 0.5)
+    pixel = torch.arange(pixels, dtype=start.dtype, device=start.device) + 0.5
     start, end = start[:, None], end[:, None]
-    inside = (pixel >= start) & ((pixel <= end) if caffe else (pixel < end))
-    extent = (end - start + 1) if caffe else (end - start)
-    position = (pixel - start) * size / extent.clamp(min=torch.finfo(start.dtype).tiny)
-    position = (position if caffe else position - 0.5).clamp(0, size - 1)
+    inside = (pixel >= start) & (pixel < end)
+    position = (pixel - start) * size / (end - start).clamp(min=torch.finfo(start.dtype).tiny)
+    position = (position - 0.5).clamp(0, size - 1)
     low = position.floor()
-    high = (low + 1).clamp(max=size - 1)
-    is_last = (inside & (low == size - 1)).to(start) if caffe else None
-    return _Texels(low.int(), high.int(), position - low, inside.to(start), is_last)
+    fraction = position - low
+    weights = torch.stack((1 - fraction, fraction), dim=-1) * inside[..., None]
+    return _Texels(low.int(), (low + 1).clamp(max=size - 1).int(), weights)
 
 
 def _texel_maxima(largest: torch.Tensor, texels: _Texels) -> torch.Tensor:
     """For the largest texels (K, m) of each column, what pixels in between cannot exceed: (K, n), 0 outside the box."""
     following = torch.cat((largest[:, 1:], largest[:, -1:]), dim=1)
-    return largest.maximum(following).gather(1, texels.low.long()) * texels.inside
+    inside = texels.weights.sum(dim=-1)  # their sum is 1 or 0, but for rounding
+    return largest.maximum(following).gather(1, texels.low.long()) * inside
 
 
 def _first(occupied: torch.Tensor) -> torch.Tensor:
@@ -248,12 +222,12 @@ def _bag(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torc
 
 
 def _sample_axis(
-    start: torch.Tensor, end: torch.Tensor, size: int, first: torch.Tensor, last: torch.Tensor, caffe: bool
+    start: torch.Tensor, end: torch.Tensor, size: int, first: torch.Tensor, last: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The two pixels, of those from first to last (D, 1), last exclusive, that each of ``size`` samples of [start, end)
     is between, and how far it is to the second."""
-    step = torch.arange(size, dtype=start.dtype, device=start.device) + (0 if caffe else 0.5)
-    position = start[:, None] + step * ((end - start) / size)[:, None] - (0 if caffe else 0.5)
+    step = torch.arange(size, dtype=start.dtype, device=start.device) + 0.5
+    position = start[:, None] + step * ((end - start) / size)[:, None] - 0.5
     position = position.clamp(first, last - 1)
     low = position.floor()
     return low.long(), (low + 1).minimum(last - 1).long(), position - low
