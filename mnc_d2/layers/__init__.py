@@ -1,11 +1,10 @@
 from .gradient import clip_gradient, inside_image, pass_gradient, scale_gradient
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
-from .roi_warp import RoIWarp, roi_warp, roi_warp_pyramid
+from .roi_warp import roi_warp, roi_warp_pyramid
 
 __all__ = [
     "HALF_PRECISIONS",
     "HalfPrecisionWeights",
-    "RoIWarp",
     "at_least_float32",
     "clip_gradient",
     "inside_image",

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from .bag_max import bag_max
 
@@ -201,30 +200,3 @@ def _bilinear_taps(position: torch.Tensor, size: torch.Tensor, reach: float) -> 
     fraction = clamped - low
     weight = torch.stack((1 - fraction, fraction), dim=-1).masked_fill(outside[..., None], 0.0)
     return torch.stack((low, high), dim=-1).long(), weight
-
-
-class RoIWarp(nn.Module):
-    """:func:`roi_warp` as a module.
-
-    Args:
-        output_size, spatial_scale, sampling, max_pool: as in :func:`roi_warp`.
-    """
-
-    def __init__(
-        self, output_size: int, spatial_scale: float = 1.0, sampling: str = "center", max_pool: bool = False
-    ) -> None:
-        super().__init__()
-        self.output_size = output_size
-        self.spatial_scale = spatial_scale
-        self.sampling = sampling
-        self.max_pool = max_pool
-
-    def forward(self, features: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
-        """Return (R, C, S, S) for features (N, C, H, W) and rois (R, 5)."""
-        return roi_warp(features, rois, self.output_size, self.spatial_scale, self.sampling, self.max_pool)
-
-    def extra_repr(self) -> str:
-        return (
-            f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling={self.sampling!r}, max_pool={self.max_pool}"
-        )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torchvision.ops import roi_align
 
-from mnc_d2.layers import RoIWarp, roi_warp, roi_warp_pyramid
+from mnc_d2.layers import roi_warp, roi_warp_pyramid
 from mnc_d2.layers.roi_warp import _round_straight_through
 
 SCALE = 0.25
@@ -415,13 +415,3 @@ def test_pyramid_takes_each_box_from_its_level(sampling):
     for level, (features, scale) in enumerate([(fine, SCALE), (coarse, SCALE / 2)]):
         expected = roi_warp(features, ALL_ROIS[levels == level], 5, scale, sampling)
         assert torch.equal(result[levels == level], expected)
-
-
-# ---- module
-
-
-@pytest.mark.parametrize("max_pool", [False, True])
-def test_module_is_the_function(sampling, max_pool):
-    module = RoIWarp(4, SCALE, sampling, max_pool)
-    expected = roi_warp(make_features(), ALL_ROIS, 4, SCALE, sampling, max_pool)
-    assert torch.equal(module(make_features(), ALL_ROIS), expected)

@@ -5,8 +5,9 @@ import io
 import pytest
 import torch
 from benchmarks.measure import peak_memory
+from torch import nn
 
-from mnc_d2.layers import RoIWarp, roi_warp
+from mnc_d2.layers import roi_warp
 
 SCALE = 0.25
 
@@ -27,9 +28,20 @@ def sampling(request):
     return request.param
 
 
+class Warp(nn.Module):
+    """What can be exported: a module."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.arguments = arguments
+
+    def forward(self, features, rois):
+        return roi_warp(features, rois, 4, SCALE, **self.arguments)
+
+
 @pytest.fixture(params=[False, True], ids=["plain", "max_pool"])
 def warp(request, sampling):
-    return RoIWarp(4, SCALE, sampling, request.param)
+    return Warp(sampling=sampling, max_pool=request.param)
 
 
 def values_and_gradients(warp, features, rois):
