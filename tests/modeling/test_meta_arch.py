@@ -1,6 +1,7 @@
 """The whole model, built by Detectron2 from the configs and used by its tools."""
 
 import copy
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA, build_model
 from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Boxes, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
+from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 from modeling.inputs import SIZE, make_inputs
 
@@ -176,6 +179,25 @@ def test_test_time_augmentation(small_config, mask_on):
     assert result.has("pred_masks") == mask_on
     if mask_on:
         assert result.pred_masks.shape == (len(result), 120, 150)
+
+
+def test_operations_can_be_counted(model):
+    of_module = FlopCountAnalysis(model, make_inputs()[:1]).by_module()
+    assert of_module["model.backbone"] > 0
+    # Every box passes the first layer of the mask head once in each pass.
+    hidden = model.roi_heads.passes[0].mask_head.fc1
+    boxes = sum(len(x) for x in detect_all(model, ["instances", "passes"], make_inputs()[:1])[0]["passes"])
+    assert of_module["model.roi_heads.passes.0.mask_head.fc1"] == boxes * hidden.weight.numel()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_features_that_are_not_finite_detect_nothing(model, value):
+    """As Detectron2's own models, with proposals that are finite all the same."""
+    features = {name: torch.full_like(x, value) for name, x in model.backbone(torch.zeros(1, 3, SIZE, SIZE)).items()}
+    proposals = Instances((SIZE, SIZE), proposal_boxes=Boxes(torch.tensor([[10.0, 10.0, 50.0, 60.0]])))
+    with torch.no_grad():
+        (result,), _ = model.roi_heads(None, features, [proposals])
+    assert len(result) == 0
 
 
 # ---- more outputs

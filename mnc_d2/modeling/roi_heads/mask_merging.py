@@ -132,7 +132,8 @@ class MaskMerger:
 
         Samples between the last pixel inside and the first outside need that. None is without extent.
         """
-        limit = torch.tensor(self.image_size[::-1], device=start.device)
+        height, width = self.image_size
+        limit = start.new_tensor([width, height])
         start = (start - 1).clamp(min=0).minimum(limit - 1)
         return torch.cat((start, (end + 1).minimum(limit).maximum(start + 1)), dim=1)
 
@@ -150,7 +151,7 @@ class MaskMerger:
             index = self.row_index[:, rows].index_select(0, voters) + self.first_row[: len(voters)]
             rendered = _bag(table, index, self.row_weight[:, rows].index_select(0, voters))  # (n * strip, w)
             pixels = slice((rows.start - y1) * (x2 - x1), (rows.stop - y1) * (x2 - x1))
-            torch.mm(weights, rendered.view(len(voters), -1), out=out.view(len(weights), -1)[:, pixels])
+            out.view(len(weights), -1)[:, pixels] = weights @ rendered.view(len(voters), -1)
 
 
 def sample_masks(merged: MergedMasks, boxes: torch.Tensor, size: int) -> torch.Tensor:

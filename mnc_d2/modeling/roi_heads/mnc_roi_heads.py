@@ -311,7 +311,10 @@ class MNCROIHeads(ROIHeads):
         logits = output.seg_cls_logits if allow_background else output.seg_cls_logits[:, : self.num_classes]
         deltas = self.gradients.of_deltas(output.deltas, len(output.boxes))
         predictor = self.heads_of(output.index).classifier.predictor
-        regressed = predictor.regress_boxes(output.box_tensor, deltas, logits.detach().argmax(dim=1))
+        boxes = output.box_tensor
+        regressed = predictor.regress_boxes(boxes, deltas, logits.detach().argmax(dim=1))
+        # What is not finite is found later on, by its scores in inference and by its losses in training.
+        regressed = torch.where(regressed.isfinite(), regressed, boxes.detach())
         if not self.gradients.box_gradient:
             regressed = regressed.detach()
         next_boxes = []
