@@ -158,11 +158,16 @@ def test_what_the_file_has_beyond_the_features_is_logged_by_name(timm, package, 
         TimmBackbone(LITE0, ALL, weights=package)
     (message,) = (r.getMessage() for r in caplog.records if r.name.startswith("mnc_d2"))
     assert message.split("not used: ")[1].split(", ") == [
-        "_conv_head.weight",
-        *(f"_bn1.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
-        "_fc.weight",
-        "_fc.bias",
+        "conv_head.weight",
+        *(f"bn2.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+        "classifier.weight",
+        "classifier.bias",
     ]
+
+
+def test_packaged_weights_of_another_network_are_an_error(timm, package):
+    with pytest.raises(ValueError, match="another network of efficientnet_pytorch"):
+        TimmBackbone("tf_efficientnet_lite1", ALL, weights=package)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -232,13 +232,14 @@ def load_weights(net: nn.Module, path: Path, whole: nn.Module) -> None:
             that the classifier does not know; the message names the file and the keys.
     """
     state = _read_state_dict(path)
-    names = _names_in_timm(state, whole)
+    if "_conv_stem.weight" in state:
+        state = _remap_efficientnet(state, whole, path)
     # timm joins the first two parts of some keys of a classifier ("stages.0" to "stages_0") where it yields features.
     targets = {key.replace(".", "_"): key for key in net.state_dict()}
     known = {key.replace(".", "_") for key in whole.state_dict()}
     loaded, unused, unknown = {}, [], []
     for key, tensor in state.items():
-        name = names[key].replace(".", "_")
+        name = key.replace(".", "_")
         if name in targets:
             loaded[targets[name]] = tensor
         else:
@@ -261,6 +262,7 @@ def load_weights(net: nn.Module, path: Path, whole: nn.Module) -> None:
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    # Not timm's reader: some versions go on without weights_only where reading with it fails.
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -275,39 +277,13 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-# Layers of efficientnet_pytorch -> timm: outside the blocks, in blocks that expand, and in the first, which does not.
-_OUTER_LAYERS = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_EXPANDING_LAYERS = {
-    **{"_expand_conv": "conv_pw", "_depthwise_conv": "conv_dw", "_project_conv": "conv_pwl"},
-    **{"_bn0": "bn1", "_bn1": "bn2", "_bn2": "bn3"},
-}
-_PLAIN_LAYERS = {"_depthwise_conv": "conv_dw", "_project_conv": "conv_pw", "_bn1": "bn1", "_bn2": "bn2"}
+def _remap_efficientnet(state: dict[str, torch.Tensor], whole: nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """Give the tensors of a file of the package efficientnet_pytorch timm's names: both have them in the same order."""
+    from timm.models import remap_state_dict
 
-
-def _names_in_timm(state: dict[str, torch.Tensor], whole: nn.Module) -> dict[str, str]:
-    """Return from each key of a file to timm's: the same, unless the file is from the package efficientnet_pytorch.
-
-    That package counts the blocks of an EfficientNet through, timm counts them within each stage.
-    """
-    if "_conv_stem.weight" not in state:
-        return {key: key for key in state}
-    blocks = list(
-        dict.fromkeys(".".join(key.split(".")[:3]) for key in whole.state_dict() if key.startswith("blocks."))
-    )
-    names = {}
-    for key in state:
-        *block, layer, tensor = key.split(".")
-        prefix, layers = "", _OUTER_LAYERS
-        if block:
-            number = int(block[1])
-            # A number too high keeps its name, and is reported as unknown.
-            prefix = f"{blocks[number] if number < len(blocks) else '.'.join(block)}."
-            layers = _EXPANDING_LAYERS if f"_blocks.{number}._expand_conv.weight" in state else _PLAIN_LAYERS
-        names[key] = f"{prefix}{layers.get(layer, layer)}.{tensor}"
-    return names
+    own = whole.state_dict()
+    if [x.shape for x in state.values()] != [x.shape for x in own.values()]:
+        raise ValueError(
+            f"The weights {path} do not fit MODEL.TIMM.NAME: they are those of another network of efficientnet_pytorch"
+        )
+    return remap_state_dict(state, whole)
