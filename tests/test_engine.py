@@ -147,7 +147,7 @@ def test_a_step_in_mixed_precision(trainer, precision, dtype):
     trainer = trainer(**{"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.PRECISION": precision, "SOLVER.MAX_ITER": 1})
     model, losses, hidden = trainer.model, {}, []
     model.register_forward_hook(lambda _, inputs, output: losses.update(output))
-    model.roi_heads.mask_head.fc1.register_forward_hook(lambda _, inputs, output: hidden.append(output.dtype))
+    model.roi_heads.passes[0].mask_head.fc1.register_forward_hook(lambda _, inputs, output: hidden.append(output.dtype))
     before = {name: x.detach().clone() for name, x in model.named_parameters()}
     scaler = trainer._trainer.grad_scaler
     if scaler.is_enabled():
