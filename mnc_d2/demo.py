@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 from tqdm import tqdm
 
+from .data.images import read_image
 from .engine import check_device
 from .files import open_atomically
 from .model_zoo import load_config
@@ -108,10 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write_picture(path: str, target: str, score_threshold: float, predictor: MNCPredictor) -> None:
-    try:
-        image = read_image(path, format="BGR")
-    except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
-        raise OSError(f"Image {path} cannot be read ({error}).") from error
+    image = read_image(path, "BGR")
     instances = predictor(image)["instances"]
     picture = draw(image, instances[instances.scores >= score_threshold], getattr(predictor, "metadata", None))
     with open_atomically(target) as file:

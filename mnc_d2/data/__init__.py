@@ -3,11 +3,11 @@
 from detectron2.data import DatasetCatalog
 
 from .coco import num_classes_from_datasets, register_coco_dataset
-from .files import prepare_dataset
+from .files import datasets_root, prepare_dataset
 from .mapper import MNCDatasetMapper
 from .mask_proposals import mask_proposals_path, save_mask_proposals
 from .resize import ResizeByExactScale, build_test_resize, exact_scale, scaled_size
-from .shapes import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, datasets_root, prepare_shapes, register_shapes
+from .shapes import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, prepare_shapes, register_shapes
 from .voc import VOC_CLASSES, VOC_SETS, VOC_UNIONS, VOCSet, register_union, register_voc_set
 
 __all__ = [

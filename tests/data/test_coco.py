@@ -13,7 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 
 from mnc_d2.data import num_classes_from_datasets, register_coco_dataset
-from mnc_d2.data.coco import _run_lengths
+from mnc_d2.data.masks import run_lengths
 
 H, W = 30, 40
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -195,7 +195,7 @@ def test_list_is_not_coco(tmp_path):
 @pytest.mark.parametrize("key, i", [("images", 1), ("annotations", 11), ("categories", 7)])
 def test_duplicate_ids(dataset, tmp_path, key, i):
     dataset[key][1]["id"] = i
-    with pytest.raises(ValueError, match=rf"annotations\.json: {key} with the same id: {i} \(1 in all\)"):
+    with pytest.raises(ValueError, match=rf"annotations\.json: {key} with the same id: {i}"):
         register(dataset, tmp_path)
 
 
@@ -217,13 +217,13 @@ def test_empty_lists(dataset, tmp_path, key):
 @pytest.mark.parametrize("key, value", [("file_name", None), ("width", None), ("height", "30"), ("height", 0)])
 def test_incomplete_image_record(dataset, tmp_path, key, value):
     dataset["images"][1][key] = value
-    with pytest.raises(ValueError, match="images without file_name, height and width: 2 "):
+    with pytest.raises(ValueError, match="images without file_name, height and width: 2[.]"):
         register(dataset, tmp_path)
 
 
 def test_missing_image(dataset, tmp_path):
     (tmp_path / "images" / "2.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"images that do not exist: .*2\.png \(1 in all\)"):
+    with pytest.raises(FileNotFoundError, match=r"images that do not exist: .*2\.png"):
         register(dataset, tmp_path)
 
 
@@ -242,7 +242,7 @@ def test_image_of_another_size(dataset, tmp_path):
 
 def test_category_without_name(dataset, tmp_path):
     del dataset["categories"][0]["name"]
-    with pytest.raises(ValueError, match="categories without a name: 7 "):
+    with pytest.raises(ValueError, match="categories without a name: 7[.]"):
         register(dataset, tmp_path)
 
 
@@ -289,14 +289,14 @@ SQUARE = encoded(rectangle(5, 5, 20, 20))
 )
 def test_bad_annotation_is_named(dataset, tmp_path, change, message):
     dataset["annotations"][0].update(change)
-    with pytest.raises(ValueError, match=rf"annotations\.json: annotations .*{message}.*; ids: 11 \(1 in all\)"):
+    with pytest.raises(ValueError, match=rf"annotations\.json: annotations .*{message}.*; ids: 11"):
         register(dataset, tmp_path)
     assert "test_set" not in DatasetCatalog
 
 
 def test_instance_with_neither_mask_nor_box(dataset, tmp_path):
     del dataset["annotations"][2]["bbox"]
-    with pytest.raises(ValueError, match="with neither segmentation nor bbox; ids: 13 "):
+    with pytest.raises(ValueError, match="with neither segmentation nor bbox; ids: 13[.]"):
         register(dataset, tmp_path)
 
 
@@ -304,7 +304,7 @@ def test_no_box_and_a_mask_too_small_to_give_one(dataset, tmp_path):
     anno = dataset["annotations"][0]
     del anno["bbox"]
     anno["segmentation"] = [[5, 5, 5, 5, 5, 5]]
-    with pytest.raises(ValueError, match="covers no pixel; ids: 11 "):
+    with pytest.raises(ValueError, match="covers no pixel; ids: 11[.]"):
         register(dataset, tmp_path)
 
 
@@ -319,7 +319,7 @@ def test_run_lengths_agree_with_pycocotools():
     rng = np.random.default_rng(0)
     for shape, share in [((7, 9), 0.5), ((300, 400), 0.001), ((300, 400), 0.999), ((1, 1), 1.0), ((50, 50), 0.0)]:
         mask = rng.random(shape) < share
-        runs = _run_lengths(encoded(mask)["counts"])
+        runs = run_lengths(encoded(mask)["counts"])
         values = np.arange(len(runs)) % 2 == 1
         np.testing.assert_array_equal(np.repeat(values, runs).reshape(shape, order="F"), mask)
 
@@ -345,11 +345,9 @@ def test_number_of_classes_that_differs_names_both_and_the_file(dataset, tmp_pat
         num_classes_from_datasets(config((name,), number=80))
 
 
-def test_wrong_number_of_classes_does_not_draw_shapes(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    with pytest.raises(ValueError, match="NUM_CLASSES is 80, but shapes_train has 5 classes"):
+def test_wrong_number_of_classes_names_the_file_of_the_shapes():
+    with pytest.raises(ValueError, match=r"NUM_CLASSES is 80, but .*shapes_.*annotations\.json has 5 classes"):
         num_classes_from_datasets(config(("shapes_train",), number=80))
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_datasets_that_differ_in_their_classes(dataset, tmp_path):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Optional
 
-from ..coco import check_images, read_coco_file
+from ..coco_checks import check_images, read_coco_file
 from .common import argument_parser, run_command
 
 __all__ = ["COCO_SETS", "check_coco", "main"]

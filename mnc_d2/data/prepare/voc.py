@@ -12,8 +12,8 @@ from typing import Any, Optional
 
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image
 
+from ..images import open_image
 from ..voc import VOC_CLASSES, VOC_SETS
 from .common import (
     ConvertedImage,
@@ -142,7 +142,7 @@ def _convert_masks(root: str, folder: str, name: str) -> ConvertedImage:
 def _read_index_map(path: str) -> np.ndarray:
     """Read the palette indices of a PNG: uint8 (H, W)."""
     check_image(path)
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode not in ("P", "L"):
             raise ValueError(f"{path} has mode {image.mode}: it has colours where VOC has palette indices")
         return np.asarray(image)
