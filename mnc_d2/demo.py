@@ -20,13 +20,11 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 from tqdm import tqdm
 
-from .data.images import read_image
+from .data.images import IMAGE_SUFFIXES, read_image
 from .engine import check_device
 from .files import open_atomically
 from .model_zoo import load_config
 from .predictor import MNCPredictor
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def list_images(inputs: Sequence[str], output: str) -> dict[str, str]:
@@ -43,9 +41,9 @@ def list_images(inputs: Sequence[str], output: str) -> dict[str, str]:
     paths = []
     for path in inputs:
         if os.path.isdir(path):
-            names = sorted(name for name in os.listdir(path) if name.lower().endswith(SUFFIXES))
+            names = sorted(name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES))
             if not names:
-                raise FileNotFoundError(f"The folder {path} has no image ({', '.join(SUFFIXES)}).")
+                raise FileNotFoundError(f"The folder {path} has no image ({', '.join(IMAGE_SUFFIXES)}).")
             paths += [os.path.join(path, name) for name in names]
         elif os.path.isfile(path):
             paths.append(path)

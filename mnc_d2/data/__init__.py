@@ -5,7 +5,7 @@ from detectron2.data import DatasetCatalog
 from .coco import num_classes_from_datasets, register_coco_dataset
 from .files import datasets_root, prepare_dataset
 from .mapper import MNCDatasetMapper
-from .mask_proposals import mask_proposals_path, save_mask_proposals
+from .mask_proposals import check_mask_proposals, mask_proposals_path, save_mask_proposals
 from .resize import ResizeByExactScale, build_test_resize, exact_scale, scaled_size
 from .shapes import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, prepare_shapes, register_shapes
 from .voc import VOC_CLASSES, VOC_SETS, VOC_UNIONS, VOCSet, register_union, register_voc_set
@@ -21,6 +21,7 @@ __all__ = [
     "VOC_UNIONS",
     "VOCSet",
     "build_test_resize",
+    "check_mask_proposals",
     "exact_scale",
     "mask_proposals_path",
     "num_classes_from_datasets",

@@ -21,7 +21,7 @@ __all__ = ["num_classes_from_datasets", "register_coco_dataset"]
 logger = logging.getLogger(__name__)
 
 
-def register_coco_dataset(name: str, json_file: str, image_root: str) -> None:
+def register_coco_dataset(name: str, json_file: str, image_root: str, *, check_files: bool = True) -> None:
     """Check a dataset in COCO's instance format and register it with Detectron2.
 
     Category ids are mapped to 0, 1, ... by ascending id. An instance with a mask and no bbox gets the mask's tight box;
@@ -35,6 +35,7 @@ def register_coco_dataset(name: str, json_file: str, image_root: str) -> None:
         name: the name for cfg.DATASETS.TRAIN and TEST. A second call with the same name and paths does nothing.
         json_file: path of the annotations.
         image_root: folder to which the file names in the annotations are relative.
+        check_files: whether to read the header of every image; False where another process has.
 
     Raises:
         FileNotFoundError: `json_file`, `image_root` or an image is missing.
@@ -50,7 +51,7 @@ def register_coco_dataset(name: str, json_file: str, image_root: str) -> None:
 
     dataset = read_coco_file(json_file)
     categories = check_categories(json_file, dataset["categories"])
-    images = check_images(json_file, image_root, dataset["images"])
+    images = check_images(json_file, image_root, dataset["images"], files=check_files)
     annotations = dataset["annotations"]
     check_annotations(json_file, annotations, images, categories)
 

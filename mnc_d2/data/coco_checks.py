@@ -8,12 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pycocotools.mask as mask_util
 from tqdm import tqdm
 
 from ..messages import first_few
 from .images import ImageError, read_image_size
-from .masks import find_mask_problem, finite_numbers, is_integer, to_rle
+from .masks import MAX_REACH, find_mask_problem, finite_numbers, is_integer, reaches_far_out
 
 __all__ = ["check_annotations", "check_categories", "check_images", "read_coco_file"]
 
@@ -29,7 +28,7 @@ def read_coco_file(json_file: str) -> dict[str, list[dict[str, Any]]]:
     try:
         with open(json_file, encoding="utf-8") as file:
             dataset = json.load(file)
-    except ValueError as e:  # neither JSON nor UTF-8
+    except (ValueError, RecursionError) as e:  # neither JSON nor UTF-8; nested too deep
         raise ValueError(f"{json_file} is not a JSON file: {e}.") from e
     keys = ("images", "annotations", "categories")
     for key in keys:
@@ -40,31 +39,44 @@ def read_coco_file(json_file: str) -> dict[str, list[dict[str, Any]]]:
                 "A dict with the keys images, annotations and categories is needed."
             )
         ids = [record.get("id") for record in records]
-        invalid = [i for i in ids if not is_integer(i) and not (key == "images" and isinstance(i, str))]
+        invalid = [i for i in ids if not _is_id(i) and not (key == "images" and _is_text(i))]
         _reject(json_file, invalid, f"{key} with an id that is not an integer", "Give each record an integer id.")
+        if len({type(i) for i in ids}) > 1:
+            raise ValueError(f"{json_file}: the ids of {key} are integers and strings. Make all of them integers.")
         _reject(json_file, _repeated(ids), f"{key} with the same id", "Make the ids unique.")
     return dataset
+
+
+def _is_id(value: Any) -> bool:
+    return is_integer(value) and -(2**63) <= value < 2**63
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value of a JSON file is a string that can be printed: JSON can hold half a character."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def check_categories(json_file: str, categories: list[dict[str, Any]]) -> dict[int, str]:
     """Return the names by category id."""
     if not categories:
         raise ValueError(f"{json_file}: 'categories' is empty. List the classes with id and name.")
-    unnamed = [category["id"] for category in categories if not isinstance(category.get("name"), str)]
+    unnamed = [category["id"] for category in categories if not _is_text(category.get("name"))]
     _reject(json_file, unnamed, "categories without a name", "Give each category a name.")
     return {category["id"]: category["name"] for category in categories}
 
 
 def check_images(
-    json_file: str, image_root: str, images: list[dict[str, Any]], progress: bool = False
+    json_file: str, image_root: str, images: list[dict[str, Any]], files: bool = True
 ) -> dict[Any, tuple[int, int]]:
     """Check the records of images and the headers of the files; return (height, width) by image id.
+
+    On a terminal a bar shows the progress.
 
     Args:
         json_file: where the records are from, for messages.
         image_root: folder to which the file names are relative.
         images: the records.
-        progress: show a progress bar.
+        files: whether to look at the files.
 
     Raises:
         FileNotFoundError, ValueError: images are missing, not readable or of another size; the message names them.
@@ -74,7 +86,7 @@ def check_images(
     invalid = [
         image["id"]
         for image in images
-        if not isinstance(image.get("file_name"), str)
+        if not _is_text(image.get("file_name"))
         or not all(is_integer(image.get(key)) and image[key] > 0 for key in ("height", "width"))
     ]
     _reject(json_file, invalid, "images without file_name, height and width", "Complete these records.")
@@ -82,22 +94,27 @@ def check_images(
         raise FileNotFoundError(f"The image folder {image_root} of {json_file} does not exist. Check the path.")
 
     missing, unreadable, different = [], [], []
-    for image in tqdm(images, os.path.basename(json_file), unit=" images", disable=not progress):
+    for image in tqdm(images if files else [], os.path.basename(json_file), unit=" images", disable=None):
         path = os.path.join(image_root, image["file_name"])
         size = (image["width"], image["height"])
         if not os.path.isfile(path):
             missing.append(path)
             continue
         try:
-            found = read_image_size(path, size)
-        except ImageError:
-            unreadable.append(path)
+            found = read_image_size(path)
+        except ImageError as error:
+            unreadable.append(str(error).rstrip("."))
             continue
         if found != size:
             different.append(f"{path} is {found[0]}x{found[1]}, not {size[0]}x{size[1]}")
     check_root = "Check the image folder, to which the file names are relative."
     _reject(json_file, missing, "images that do not exist", check_root, FileNotFoundError)
-    _reject(json_file, unreadable, "files that cannot be read as images", "Replace them or remove their records.")
+    _reject(
+        json_file,
+        unreadable,
+        "files that cannot be read as images",
+        "Replace them or remove their records.",
+    )
     _reject(json_file, different, "images of another size than annotated", "Correct width and height or the images.")
     return {image["id"]: (image["height"], image["width"]) for image in images}
 
@@ -105,35 +122,50 @@ def check_images(
 def check_annotations(
     json_file: str, annotations: list[dict[str, Any]], images: dict[Any, tuple[int, int]], categories: dict[int, str]
 ) -> None:
-    """Raise ValueError for the first kind of problem found, with the ids of all annotations that have it."""
+    """Raise ValueError for the first kind of problem found, with the ids of all annotations that have it.
+
+    On a terminal a bar shows the progress.
+    """
     problems = defaultdict(list)
-    for anno in annotations:
+    for anno in tqdm(annotations, os.path.basename(json_file), unit=" annotations", disable=None):
         problem = _find_problem(anno, images, categories)
         if problem is not None:
             problems[problem].append(anno["id"])
     for problem, ids in problems.items():
         _reject(json_file, ids, f"annotations {problem}; ids", "Correct or remove them.")
+    if not any(anno.get("iscrowd", 0) == 0 for anno in annotations):
+        raise ValueError(f"{json_file}: no annotation is usable, as there is none but crowds. Annotate instances.")
 
 
 def _find_problem(anno: dict[str, Any], images: dict[Any, tuple[int, int]], categories: dict[int, str]) -> str | None:
     """Return what is wrong with an annotation, as the end of "annotations ...", or None."""
     image_id, category_id = anno.get("image_id"), anno.get("category_id")
-    if not isinstance(image_id, (int, str)) or image_id not in images:
+    if not (is_integer(image_id) or isinstance(image_id, str)) or image_id not in images:
         return "whose image_id is not among the images"
     if not is_integer(category_id) or category_id not in categories:
         return "whose category_id is not among the categories"
+    problem = _find_flag_problem(anno)
+    if problem is None and "bbox" in anno:
+        problem = _find_box_problem(anno["bbox"], *images[image_id])
+    if problem is None and anno.get("segmentation"):
+        problem = find_mask_problem(anno["segmentation"], *images[image_id])
+    if problem is None and "bbox" not in anno and not anno.get("segmentation"):
+        problem = "with neither segmentation nor bbox"
+    return problem
+
+
+def _find_flag_problem(anno: dict[str, Any]) -> str | None:
     if anno.get("ignore", 0):
         return "with 'ignore', which Detectron2 does not support (use iscrowd)"
-    segmentation = anno.get("segmentation")
-    if "bbox" in anno:
-        problem = _find_box_problem(anno["bbox"], *images[image_id])
-    else:
-        problem = None if segmentation else "with neither segmentation nor bbox"
-    if problem is None and segmentation:
-        problem = find_mask_problem(segmentation, *images[image_id])
-        if problem is None and "bbox" not in anno and not mask_util.area(to_rle(segmentation, *images[image_id])):
-            problem = "without a bbox, with a segmentation that covers no pixel"
-    return problem
+    for key in ("iscrowd", "difficult"):
+        if not isinstance(anno.get(key, 0), int) or anno.get(key, 0) not in (0, 1):
+            return f"whose {key} is neither 0 nor 1"
+    area = finite_numbers([anno.get("area", 0)])
+    if area is None or area[0] < 0:
+        return "whose area is not a finite number from 0 on"
+    if anno.get("keypoints") and finite_numbers(anno["keypoints"]) is None:
+        return "whose keypoints are not a list of finite numbers"
+    return None
 
 
 def _find_box_problem(bbox: Any, height: int, width: int) -> str | None:
@@ -145,6 +177,8 @@ def _find_box_problem(bbox: Any, height: int, width: int) -> str | None:
         return "whose bbox has zero or negative width or height"
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return "whose bbox lies outside the image"
+    if reaches_far_out(values, height, width):
+        return f"whose bbox reaches more than {MAX_REACH} image sizes out (coordinates are in pixels)"
     return None
 
 

@@ -112,8 +112,8 @@ def check_image(path: str) -> tuple[int, int]:
         ValueError: its EXIF data turn it, but not its annotations; the message names the file.
     """
     with open_image(path) as image:
-        image.load()
         orientation, size = image_orientation(image), (image.height, image.width)
+        image.load()
     if orientation != 1:
         raise ValueError(f"{path} has the EXIF orientation {orientation}: it would be turned, and its masks not")
     return size

@@ -143,9 +143,10 @@ def _read_index_map(path: str) -> np.ndarray:
     """Read the palette indices of a PNG: uint8 (H, W)."""
     check_image(path)
     with open_image(path) as image:
-        if image.mode not in ("P", "L"):
-            raise ValueError(f"{path} has mode {image.mode}: it has colours where VOC has palette indices")
-        return np.asarray(image)
+        mode, index_map = image.mode, np.asarray(image)
+    if mode not in ("P", "L"):
+        raise ValueError(f"{path} has mode {mode}: it has colours where VOC has palette indices")
+    return index_map
 
 
 def instance_classes(
