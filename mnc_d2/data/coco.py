@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 
 from ..messages import first_few
-from .coco_checks import check_annotations, check_categories, check_images, read_coco_file
+from .coco_checks import check_coco_dataset
 from .masks import to_rle, valid_polygons
 
 __all__ = ["num_classes_from_datasets", "register_coco_dataset"]
@@ -49,12 +49,9 @@ def register_coco_dataset(name: str, json_file: str, image_root: str, *, check_f
             return
         raise ValueError(f"A dataset named '{name}' is registered already, from other files. Choose another name.")
 
-    dataset = read_coco_file(json_file)
-    categories = check_categories(json_file, dataset["categories"])
-    images = check_images(json_file, image_root, dataset["images"], files=check_files)
+    dataset = check_coco_dataset(json_file, image_root, files=check_files)
     annotations = dataset["annotations"]
-    check_annotations(json_file, annotations, images, categories)
-
+    categories = {category["id"]: category["name"] for category in dataset["categories"]}
     metadata = MetadataCatalog.get(name).set(
         coco_source=source,
         image_root=image_root,
@@ -66,7 +63,10 @@ def register_coco_dataset(name: str, json_file: str, image_root: str, *, check_f
     if all(_is_complete(anno) for anno in annotations):
         metadata.json_file = json_file
     DatasetCatalog.register(name, lambda: _load(name, json_file, image_root))
-    logger.info(f"Registered '{name}': {len(images)} images, {len(annotations)} annotations, {len(categories)} classes")
+    logger.info(
+        f"Registered '{name}': {len(dataset['images'])} images, {len(annotations)} annotations, "
+        f"{len(categories)} classes"
+    )
 
 
 def num_classes_from_datasets(cfg: CfgNode) -> int:

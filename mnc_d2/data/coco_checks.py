@@ -14,7 +14,27 @@ from ..messages import first_few
 from .images import ImageError, read_image_size
 from .masks import MAX_REACH, find_mask_problem, finite_numbers, is_integer, reaches_far_out
 
-__all__ = ["check_annotations", "check_categories", "check_images", "read_coco_file"]
+__all__ = ["check_coco_dataset", "check_images", "find_problem", "read_coco_file"]
+
+
+def check_coco_dataset(json_file: str, image_root: str, files: bool = True) -> dict[str, list[dict[str, Any]]]:
+    """Read a file in COCO's instance format, check all of it, and return it.
+
+    Args:
+        json_file: path of the annotations.
+        image_root: folder to which the file names in the annotations are relative.
+        files: whether to read the header of every image.
+
+    Raises:
+        FileNotFoundError: `json_file`, `image_root` or an image is missing.
+        ValueError: the annotations are not valid or an image's header cannot be read. The message names the file and
+            the ids of the offending records.
+    """
+    dataset = read_coco_file(json_file)
+    categories = _check_categories(json_file, dataset["categories"])
+    images = check_images(json_file, image_root, dataset["images"], files)
+    _check_annotations(json_file, dataset["annotations"], images, categories)
+    return dataset
 
 
 def read_coco_file(json_file: str) -> dict[str, list[dict[str, Any]]]:
@@ -56,7 +76,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def check_categories(json_file: str, categories: list[dict[str, Any]]) -> dict[int, str]:
+def _check_categories(json_file: str, categories: list[dict[str, Any]]) -> dict[int, str]:
     """Return the names by category id."""
     if not categories:
         raise ValueError(f"{json_file}: 'categories' is empty. List the classes with id and name.")
@@ -119,7 +139,7 @@ def check_images(
     return {image["id"]: (image["height"], image["width"]) for image in images}
 
 
-def check_annotations(
+def _check_annotations(
     json_file: str, annotations: list[dict[str, Any]], images: dict[Any, tuple[int, int]], categories: dict[int, str]
 ) -> None:
     """Raise ValueError for the first kind of problem found, with the ids of all annotations that have it.
@@ -128,7 +148,7 @@ def check_annotations(
     """
     problems = defaultdict(list)
     for anno in tqdm(annotations, os.path.basename(json_file), unit=" annotations", disable=None):
-        problem = _find_problem(anno, images, categories)
+        problem = find_problem(anno, images, categories)
         if problem is not None:
             problems[problem].append(anno["id"])
     for problem, ids in problems.items():
@@ -137,7 +157,7 @@ def check_annotations(
         raise ValueError(f"{json_file}: no annotation is usable, as there is none but crowds. Annotate instances.")
 
 
-def _find_problem(anno: dict[str, Any], images: dict[Any, tuple[int, int]], categories: dict[int, str]) -> str | None:
+def find_problem(anno: dict[str, Any], images: dict[Any, tuple[int, int]], categories: dict[int, str]) -> str | None:
     """Return what is wrong with an annotation, as the end of "annotations ...", or None."""
     image_id, category_id = anno.get("image_id"), anno.get("category_id")
     if not (is_integer(image_id) or isinstance(image_id, str)) or image_id not in images:

@@ -5,6 +5,7 @@ A crash of pycocotools or Pillow would end pytest itself.
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from mnc_d2.data import MNCDatasetMapper, register_coco_dataset
+from mnc_d2.data.formats import convert_dataset
 from mnc_d2.data.images import ImageError, read_image, read_image_size
 from mnc_d2.evaluation.ground_truth import load_ground_truth
 
@@ -19,7 +21,7 @@ hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is an optional
 from hypothesis import given, settings, strategies  # noqa: E402
 
 # The same examples in every run, and few of them.
-PROFILE = settings(derandomize=True, deadline=None, database=None, max_examples=150)
+PROFILE = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 H, W = 12, 16
 NAME = "property"
 
@@ -87,6 +89,10 @@ def datasets(draw):
     return dataset
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def use(text, folder):
     """Register the annotations, map every record and read the ground truth; return the records and what became of them.
 
@@ -94,7 +100,7 @@ def use(text, folder):
     """
     path = folder / "annotations.json"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    before = {x.name: x.read_bytes() for x in folder.iterdir()}
+    before = contents(folder)
     try:
         register_coco_dataset(NAME, str(path), str(folder))
     except (ValueError, OSError) as error:
@@ -109,7 +115,7 @@ def use(text, folder):
         assert len(truth.images) == len(records)
         return [(record, mapper(record)["instances"]) for record in records]
     finally:
-        assert {x.name: x.read_bytes() for x in folder.iterdir()} == before
+        assert contents(folder) == before
         if NAME in DatasetCatalog:
             DatasetCatalog.remove(NAME)
         if NAME in MetadataCatalog:
@@ -148,6 +154,60 @@ def test_any_file_is_refused_in_a_sentence(folder, text):
     assert use(text, folder) is None
 
 
+def convert(root, out):
+    """Convert a folder; return the annotations, or None where it was refused in a sentence."""
+    before = contents(root)
+    try:
+        json_file, _ = convert_dataset(root, out)
+    except (ValueError, OSError) as error:
+        assert str(root) in str(error) and "\n" not in str(error)
+        return None
+    finally:
+        assert contents(root) == before
+    return json.loads(Path(json_file).read_text())["annotations"]
+
+
+words = strategies.one_of(numbers.map(str), strategies.floats(-0.1, 1.1).map(str), strategies.text(max_size=3))
+
+
+@PROFILE
+@given(lines=strategies.lists(strategies.lists(words, max_size=9).map(" ".join), max_size=2))
+def test_any_line_of_yolo_is_an_instance_or_refused_in_a_sentence(folder, lines):
+    root = folder / "yolo"
+    for part in ("images", "labels"):
+        (root / part).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (W, H)).save(root / "images" / "a.png")
+    (root / "data.yaml").write_text("train: images\nnames: [a, b]\n")
+    valid = "0 0.1 0.1 0.9 0.1 0.9 0.9"
+    (root / "labels" / "a.txt").write_text("\n".join([valid, *lines]), encoding="utf-8", errors="surrogatepass")
+    annotations = convert(root, folder / "out_yolo")
+    if annotations is not None:
+        assert len(annotations) == 1 + sum(bool(x.strip()) for line in lines for x in line.splitlines())
+
+
+@PROFILE
+@given(
+    fields=strategies.dictionaries(
+        strategies.sampled_from(["label", "points", "shape_type", "group_id", "mask"]),
+        values
+        | strategies.sampled_from(["rectangle", "circle", "mask", "line", [[1, 1], [9, 9]], [[0, 0], [0, 1e308]]]),
+    ),
+    place=strategies.sampled_from(["imagePath", "imageHeight", "shapes", None]),
+    value=values,
+)
+def test_any_shape_of_labelme_is_an_instance_or_refused_in_a_sentence(folder, fields, place, value):
+    root = folder / "labelme"
+    root.mkdir(exist_ok=True)
+    Image.new("RGB", (W, H)).save(root / "a.png")
+    shapes = [{"label": "a", "points": [[2, 2], [9, 2], [9, 9]], "shape_type": "polygon"}]
+    content = {"imagePath": "a.png", "imageHeight": H, "imageWidth": W, "shapes": [*shapes, {**shapes[0], **fields}]}
+    if place is not None:
+        content[place] = value
+    (root / "a.json").write_text(json.dumps(content))
+    annotations = convert(root, folder / "out_labelme")
+    assert annotations is None or annotations
+
+
 def encode(mode, suffix):
     rng = np.random.default_rng(0)
     if mode == "I;16":
@@ -176,7 +236,7 @@ FILES = [
 ]
 
 
-@settings(PROFILE, max_examples=400)
+@settings(PROFILE, max_examples=300)
 @given(
     data=strategies.sampled_from(FILES),
     changes=strategies.lists(strategies.tuples(strategies.floats(0, 0.999), strategies.binary(max_size=3)), max_size=3),
