@@ -26,6 +26,7 @@ setup(
         "numpy>=1.22",
         "pillow>=9",
         "pycocotools>=2.0.6",
+        "pyyaml",
         "scipy>=1.8",
         "tqdm",
         "tabulate",

@@ -14,7 +14,7 @@ from ..messages import first_few
 from .images import ImageError, read_image_size
 from .masks import MAX_REACH, find_mask_problem, finite_numbers, is_integer, reaches_far_out
 
-__all__ = ["check_coco_dataset", "check_images", "find_problem", "read_coco_file"]
+__all__ = ["check_coco_dataset", "check_images", "find_problem", "is_text", "read_coco_file"]
 
 
 def check_coco_dataset(json_file: str, image_root: str, files: bool = True) -> dict[str, list[dict[str, Any]]]:
@@ -59,7 +59,7 @@ def read_coco_file(json_file: str) -> dict[str, list[dict[str, Any]]]:
                 "A dict with the keys images, annotations and categories is needed."
             )
         ids = [record.get("id") for record in records]
-        invalid = [i for i in ids if not _is_id(i) and not (key == "images" and _is_text(i))]
+        invalid = [i for i in ids if not _is_id(i) and not (key == "images" and is_text(i))]
         _reject(json_file, invalid, f"{key} with an id that is not an integer", "Give each record an integer id.")
         if len({type(i) for i in ids}) > 1:
             raise ValueError(f"{json_file}: the ids of {key} are integers and strings. Make all of them integers.")
@@ -71,7 +71,7 @@ def _is_id(value: Any) -> bool:
     return is_integer(value) and -(2**63) <= value < 2**63
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether a value of a JSON file is a string that can be printed: JSON can hold half a character."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
@@ -80,7 +80,7 @@ def _check_categories(json_file: str, categories: list[dict[str, Any]]) -> dict[
     """Return the names by category id."""
     if not categories:
         raise ValueError(f"{json_file}: 'categories' is empty. List the classes with id and name.")
-    unnamed = [category["id"] for category in categories if not _is_text(category.get("name"))]
+    unnamed = [category["id"] for category in categories if not is_text(category.get("name"))]
     _reject(json_file, unnamed, "categories without a name", "Give each category a name.")
     return {category["id"]: category["name"] for category in categories}
 
@@ -106,7 +106,7 @@ def check_images(
     invalid = [
         image["id"]
         for image in images
-        if not _is_text(image.get("file_name"))
+        if not is_text(image.get("file_name"))
         or not all(is_integer(image.get(key)) and image[key] > 0 for key in ("height", "width"))
     ]
     _reject(json_file, invalid, "images without file_name, height and width", "Complete these records.")

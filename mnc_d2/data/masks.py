@@ -48,8 +48,9 @@ def _find_polygon_problem(polygons: list[Any], height: int, width: int) -> str |
     if any(reaches_far_out(array, height, width) for array in arrays):
         return f"with a polygon that reaches more than {MAX_REACH} image sizes out (coordinates are in pixels)"
     # pycocotools keeps every point of an outline in memory.
-    length = sum(np.abs(np.diff(array)).sum() for array in arrays)
-    if length > 256 * (height + width) + 16 * sum(map(len, arrays)):
+    corners = [array.reshape(-1, 2) for array in valid_polygons(arrays)]
+    length = sum(np.abs(xy - np.roll(xy, 1, axis=0)).sum() for xy in corners)
+    if length > 256 * (height + width) + 8 * sum(map(len, corners)):
         return "with a polygon whose outline is hundreds of times as long as the image's"
     return None
 

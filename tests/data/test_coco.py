@@ -13,7 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 
 from mnc_d2.data import num_classes_from_datasets, register_coco_dataset
-from mnc_d2.data.masks import run_lengths
+from mnc_d2.data.masks import find_mask_problem, run_lengths
 
 H, W = 30, 40
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -331,6 +331,13 @@ def test_bad_annotation_is_named(dataset, tmp_path, change, message):
     with pytest.raises(ValueError, match=rf"annotations\.json: annotations .*{message}.*; ids: 11"):
         register(dataset, tmp_path)
     assert "test_set" not in DatasetCatalog
+
+
+def test_outlines_of_many_points_are_no_problem():
+    """One of a point for every pixel along it, in the corner where x and y differ most."""
+    angles = np.linspace(0, 2 * np.pi, 20_000)
+    outline = np.stack([3900 + 90 * np.cos(angles), 100 + 90 * np.sin(angles)], axis=1)
+    assert find_mask_problem([outline.ravel().tolist()], 4000, 4000) is None
 
 
 def test_instance_with_neither_mask_nor_box(dataset, tmp_path):

@@ -100,6 +100,7 @@ def assert_square_and_triangle(instances):
 def test_yolo(yolo, tmp_path):
     before = {path: path.read_bytes() for path in yolo.rglob("*") if path.is_file()}
     paths = convert_dataset(yolo, tmp_path / "out")
+    assert convert_dataset(yolo / "data.yaml", tmp_path / "out") == paths
     assert paths == (str(tmp_path / "out" / "annotations.json"), str(yolo / "images"))
     found = read(paths)
     assert list(found) == ["train/a.png", "train/b.png", "val/c.png"]
@@ -223,6 +224,7 @@ def test_labels_txt_gives_the_order_of_labelmes_classes(labelme, tmp_path):
         (labelme_shape("a", [[1, 1], [2, 2]], "mask", mask="?"), r"shape 1 \(a\): "),
         (labelme_shape("a", [[1, 1], [2, 2]], "mask", mask="AAAA"), r"shape 1 \(a\): cannot identify"),
         ({"points": []}, "shape 1 has no label"),
+        (labelme_shape("\ud800", SQUARE), "shape 1 has no label"),  # half a character, which cannot be printed
     ],
 )
 def test_a_bad_shape_of_labelme_is_named(labelme, tmp_path, shape, message):

@@ -1,12 +1,15 @@
 """The reader of images: the same picture whatever the file holds, and a name for what it refuses."""
 
+import json
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
+from mnc_d2.data import MNCDatasetMapper, register_coco_dataset
 from mnc_d2.data.images import ImageError, read_image, read_image_size
 
 H, W = 20, 30
@@ -73,6 +76,27 @@ def test_cmyk_and_transparency(tmp_path):
     assert np.abs(read_image(tmp_path / "cmyk.jpg").astype(int) - [255, 0, 0]).max() <= 3
     Image.fromarray(np.dstack([PIXELS, np.zeros((H, W), np.uint8)])).save(tmp_path / "clear.png")
     np.testing.assert_array_equal(read_image(tmp_path / "clear.png"), PIXELS)
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "deep.png"])
+def test_check_and_training_see_the_same(tmp_path, clean_catalogs, name):
+    path = tmp_path / name
+    if name == "turned.jpg":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(PIXELS).save(path, exif=exif)
+    else:
+        Image.fromarray(np.arange(H * W, dtype=np.uint16).reshape(H, W)).save(path)
+    width, height = read_image_size(path)
+    annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}]
+    images = [{"id": 1, "file_name": name, "height": height, "width": width}]
+    dataset = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps(dataset))
+    register_coco_dataset("one", tmp_path / "a.json", tmp_path)
+    record = DatasetCatalog.get("one")[0]
+    expected = read_image(path, "BGR")
+    mapped = MNCDatasetMapper(False, augmentations=[], image_format="BGR")(record)["image"]
+    np.testing.assert_array_equal(mapped.permute(1, 2, 0).numpy(), expected)
 
 
 def several(path):

@@ -42,7 +42,7 @@ def convert_dataset(
     nothing is wrong with it: an interrupted run leaves what was there.
 
     Args:
-        path: a COCO JSON file, or the folder of a dataset.
+        path: a COCO JSON file, YOLO's data.yaml, or the folder of a dataset.
         output_dir: where the JSON file goes; made if need be.
         image_root: of COCO JSON, the folder to which file names are relative; None for a folder ``images`` beside the
             file or beside its folder, else the file's own folder. Not for other formats, which say where images are.
@@ -60,14 +60,15 @@ def convert_dataset(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"The dataset {path} does not exist. Check the path.")
-    coco_file = path if path.is_file() else _find_coco_file(path, subset)
-    if coco_file is not None:
+    is_yaml = path.is_file() and path.suffix in (".yaml", ".yml")
+    coco_file = _find_coco_file(path, subset) if path.is_dir() else path
+    if coco_file is not None and not is_yaml:
         root = str(image_root or _find_image_root(coco_file))
         check_coco_dataset(str(coco_file), root)
         return str(coco_file), root
     if image_root is not None:
         raise ValueError(f"The image folder {image_root} is given, but {path} is not in COCO format.")
-    labels = _read_folder(path, subset)
+    labels = read_yolo(path, subset) if is_yaml else _read_folder(path, subset)
     images = sorted(labels.images, key=lambda image: image.path.as_posix())
     problems = labels.problems + [problem for image in images for problem in _find_problems(image, labels.classes)]
     if problems:
@@ -83,8 +84,9 @@ def convert_dataset(
 def _read_folder(folder: Path, subset: str | None) -> LabelledDataset:
     if all((folder / name).is_dir() for name in VOC_FOLDERS):
         return read_voc(folder, subset)
-    if find_yaml(folder) is not None:
-        return read_yolo(folder, subset)
+    yaml_file = find_yaml(folder)
+    if yaml_file is not None:
+        return read_yolo(yaml_file, subset)
     if not any(map(is_labelme, folder.rglob("*.json"))):
         raise ValueError(f"{folder} is in none of these formats: {FORMATS}. See docs/data.md.")
     if subset is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
+from ..coco_checks import is_text
 from ..images import read_image_size
 from ..masks import find_mask_problem, finite_numbers, to_rle
 from .labels import LabelledDataset, LabelledImage, read_lines
@@ -63,7 +64,7 @@ def _read_file(path: Path) -> tuple[LabelledImage, list[dict[str, Any]]]:
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise ValueError("it is not a file of labelme: it has no list 'shapes'")
     name = content.get("imagePath")
-    if not isinstance(name, str):
+    if not is_text(name):
         raise ValueError("'imagePath' is not the name of an image")
     # Written on Windows, it has backslashes.
     image_path = path.parent / PureWindowsPath(name).as_posix()
@@ -75,7 +76,7 @@ def _read_file(path: Path) -> tuple[LabelledImage, list[dict[str, Any]]]:
         raise ValueError(f"it says {claimed[0]}x{claimed[1]}, but its image is {width}x{height}")
     shapes = []
     for number, shape in enumerate(content["shapes"], start=1):
-        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+        if not isinstance(shape, dict) or not is_text(shape.get("label")):
             raise ValueError(f"shape {number} has no label")
         if shape["label"] not in NO_CLASSES:
             shapes.append({**shape, "place": f"{path}, shape {number} ({shape['label']})"})

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pycocotools.mask as mask_util
-from tabulate import tabulate
 
 from ...files import open_atomically
 from ...messages import first_few
@@ -59,7 +58,8 @@ class DatasetSummary:
             ("classes", len(self.instances)),
             *((f"  {name}", count) for name, count in self.instances.items()),
         ]
-        return tabulate(rows, tablefmt="plain", colalign=("left", "right"), disable_numparse=True)
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value:>11}" for name, value in rows)
 
 
 def describe_dataset(json_file: str | os.PathLike, image_root: str | os.PathLike) -> DatasetSummary:

@@ -24,17 +24,16 @@ def find_yaml(folder: Path) -> Path | None:
     return (named or found if len(named or found) == 1 else [None])[0]
 
 
-def read_yolo(folder: Path, subset: str | None) -> LabelledDataset:
-    """Read a folder with data.yaml.
+def read_yolo(path: Path, subset: str | None) -> LabelledDataset:
+    """Read what a data.yaml names.
 
     Args:
-        folder: where data.yaml lies.
+        path: of data.yaml.
         subset: "train", "val" or "test", as data.yaml has them; None for all of them together.
 
     Raises:
         ValueError, FileNotFoundError: data.yaml is not valid, or what it names is not there; the message names it.
     """
-    path = find_yaml(folder)
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # neither YAML nor UTF-8; nested too deep
