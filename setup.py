@@ -26,12 +26,13 @@ setup(
         "numpy>=1.22",
         "pillow>=9",
         "pycocotools>=2.0.6",
+        "pyyaml",
         "scipy>=1.8",
         "tqdm",
         "tabulate",
     ],
     extras_require={
-        "dev": ["pytest", "ruff"],
+        "dev": ["pytest", "hypothesis", "ruff"],
         # Reading Caffe's files: mnc_d2.checkpoint.convert_caffe.
         "caffe": ["h5py>=3", "protobuf>=4"],
         # Backbones of timm, and ImageNet weights for one of them.

@@ -24,7 +24,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from mnc_d2.checkpoint import MNCCheckpointer
-from mnc_d2.data import num_classes_from_datasets, prepare_dataset, register_coco_dataset
+from mnc_d2.data import check_mask_proposals, num_classes_from_datasets, prepare_dataset, register_coco_dataset
 from mnc_d2.engine import (
     MNCTrainer,
     check_device,
@@ -107,8 +107,11 @@ def find_mistake(args: argparse.Namespace) -> str | None:
     """Return what is wrong with the input of a run, in one sentence, or None; draw the shapes if they are used."""
     try:
         cfg = build_config(args)
-        for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
+        names = (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
+        for name in names:
             prepare_dataset(name)
+        if cfg.DATASETS.MASK_PROPOSALS:
+            check_mask_proposals(cfg.DATASETS.MASK_PROPOSALS, names)
     except (ValueError, OSError) as error:
         return str(error)
     return None

@@ -14,19 +14,17 @@ import sys
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 from tqdm import tqdm
 
+from .data.images import IMAGE_SUFFIXES, read_image
 from .engine import check_device
 from .files import open_atomically
 from .model_zoo import load_config
 from .predictor import MNCPredictor
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def list_images(inputs: Sequence[str], output: str) -> dict[str, str]:
@@ -43,9 +41,9 @@ def list_images(inputs: Sequence[str], output: str) -> dict[str, str]:
     paths = []
     for path in inputs:
         if os.path.isdir(path):
-            names = sorted(name for name in os.listdir(path) if name.lower().endswith(SUFFIXES))
+            names = sorted(name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES))
             if not names:
-                raise FileNotFoundError(f"The folder {path} has no image ({', '.join(SUFFIXES)}).")
+                raise FileNotFoundError(f"The folder {path} has no image ({', '.join(IMAGE_SUFFIXES)}).")
             paths += [os.path.join(path, name) for name in names]
         elif os.path.isfile(path):
             paths.append(path)
@@ -108,10 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write_picture(path: str, target: str, score_threshold: float, predictor: MNCPredictor) -> None:
-    try:
-        image = read_image(path, format="BGR")
-    except (OSError, SyntaxError) as error:  # Pillow reports broken PNG chunks as SyntaxError
-        raise OSError(f"Image {path} cannot be read ({error}).") from error
+    image = read_image(path, "BGR")
     instances = predictor(image)["instances"]
     picture = draw(image, instances[instances.scores >= score_threshold], getattr(predictor, "metadata", None))
     with open_atomically(target) as file:

@@ -41,6 +41,11 @@ def _read_hdf5(path: str | os.PathLike) -> dict[str, list[np.ndarray]]:
         raise ImportError(f"{path} is an HDF5 file, which needs the package h5py. {_INSTALL}") from error
     try:
         with h5py.File(path, "r") as file:
+            # A small file can claim arrays of any size.
+            datasets = [dataset for group in file["data"].values() for dataset in group.values()]
+            claimed, size = sum(dataset.nbytes for dataset in datasets), os.path.getsize(path)
+            if claimed > 2000 * size:  # HDF5 compresses zeros to a thousandth
+                raise ValueError(f"it claims {claimed} bytes of parameters in {size}")
             return {
                 name: [np.asarray(group[index], dtype=np.float32) for index in sorted(group, key=int)]
                 for name, group in file["data"].items()

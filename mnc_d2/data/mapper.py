@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks
 
+from .images import read_image
 from .mask_proposals import load_mask_proposals, mask_proposals_path, transform_mask_proposals
 from .resize import build_test_resize
 
@@ -59,7 +61,6 @@ class MNCDatasetMapper(DatasetMapper):
                 f"INPUT.MASK_FORMAT is '{instance_mask_format}'. MNC needs 'bitmask'; annotations may be of any format."
             )
         super().__init__(is_train, instance_mask_format=instance_mask_format, **kwargs)
-        self.augmentations = _RememberingAugmentations(self.augmentations.augs)
         self.mask_proposals = mask_proposals
         self.mask_proposals_limit = mask_proposals_limit
 
@@ -93,18 +94,24 @@ class MNCDatasetMapper(DatasetMapper):
             ValueError: its mask proposals are not what they must be.
             detectron2.data.detection_utils.SizeMismatchError: the image's size is not the record's.
         """
-        try:
-            result = super().__call__(dataset_dict)
-        except (OSError, SyntaxError) as e:  # Pillow reports broken PNG chunks as SyntaxError
-            raise OSError(
-                f"Image {dataset_dict['file_name']} cannot be read ({e}). Replace it or remove it from the dataset."
-            ) from e
+        record = copy.deepcopy(dataset_dict)
+        image = read_image(record["file_name"], self.image_format)
+        utils.check_image_size(record, image)
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        image_size = augmented.image.shape[:2]
+        record["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         if self.mask_proposals:
-            path = mask_proposals_path(self.mask_proposals, dataset_dict["file_name"])
+            path = mask_proposals_path(self.mask_proposals, record["file_name"])
             proposals = load_mask_proposals(path, self.mask_proposals_limit)
-            image_size = tuple(result["image"].shape[1:])
-            result["proposals"] = transform_mask_proposals(proposals, self.augmentations.last, image_size)
-        return result
+            record["proposals"] = transform_mask_proposals(proposals, transforms, image_size)
+        elif self.proposal_topk is not None:
+            utils.transform_proposals(record, image_size, transforms, proposal_topk=self.proposal_topk)
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(record, transforms, image_size)
+        return record
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
@@ -140,16 +147,3 @@ class MNCDatasetMapper(DatasetMapper):
 
         instances = utils.filter_empty_instances(instances, by_mask=False)
         dataset_dict["instances"] = instances[instances.gt_masks.nonempty() | ~instances.gt_has_mask]
-
-
-class _RememberingAugmentations(T.AugmentationList):
-    """Augmentations that keep the transforms of the image that they were last applied to.
-
-    Detectron2's mapper hands those to annotations only.
-    """
-
-    last: T.TransformList
-
-    def __call__(self, aug_input: T.AugInput) -> T.TransformList:
-        self.last = super().__call__(aug_input)
-        return self.last

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import zipfile
-import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
+from tqdm import tqdm
 
 from ..files import open_atomically
 
+MAX_BYTES = 2**30  # of an array: a small file can claim, and unpack to, any size
 _SUPPORTED_TRANSFORMS = (T.NoOpTransform, T.ResizeTransform, T.HFlipTransform, T.VFlipTransform, T.CropTransform)
 
 
@@ -58,20 +63,13 @@ def load_mask_proposals(path: str | os.PathLike, limit: int | None = None) -> In
     Raises:
         FileNotFoundError, ValueError: the file is not there, or not what :func:`save_mask_proposals` writes.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"Mask proposals {path} do not exist. DATASETS.MASK_PROPOSALS must be a folder with one file per image, "
-            "named after the image."
-        )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {
-                "boxes": file["boxes"].astype(np.float32),
-                "masks": file["masks"],
-                "scores": file["scores"].astype(np.float32),
-            }
-    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"Mask proposals {path} cannot be read: {error}") from error
+    check_mask_proposals_file(path)
+    with _named(path), np.load(path, allow_pickle=False) as file:
+        arrays = {
+            "boxes": file["boxes"].astype(np.float32),
+            "masks": file["masks"],
+            "scores": file["scores"].astype(np.float32),
+        }
     _check(arrays, path)
     order = np.argsort(-arrays["scores"], kind="stable")[:limit]
     masks = torch.from_numpy(arrays["masks"][order])
@@ -80,6 +78,62 @@ def load_mask_proposals(path: str | os.PathLike, limit: int | None = None) -> In
     proposals.objectness_logits = torch.from_numpy(arrays["scores"][order])
     proposals.proposal_masks = masks.float() if masks.dtype == torch.bool else masks.float() / 255
     return proposals
+
+
+def check_mask_proposals(folder: str | os.PathLike, dataset_names: Iterable[str]) -> None:
+    """Check, without reading them, that the files of mask proposals of all images of datasets are there and whole.
+
+    On a terminal a bar shows the progress.
+
+    Args:
+        folder: DATASETS.MASK_PROPOSALS.
+        dataset_names: registered datasets.
+
+    Raises:
+        FileNotFoundError, ValueError: as of :func:`load_mask_proposals`, of the first file that is missing or bad.
+    """
+    for name in dataset_names:
+        for record in tqdm(DatasetCatalog.get(name), f"{name}, mask proposals", unit=" images", disable=None):
+            check_mask_proposals_file(mask_proposals_path(folder, record["file_name"]))
+
+
+def check_mask_proposals_file(path: str | os.PathLike) -> None:
+    """Check what a file says of its arrays, before memory is taken for them.
+
+    Raises:
+        FileNotFoundError, ValueError: as of :func:`load_mask_proposals`.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"Mask proposals {path} do not exist. DATASETS.MASK_PROPOSALS must be a folder with one file per image, "
+            "named after the image."
+        )
+    with _named(path), zipfile.ZipFile(path) as archive:
+        shapes, dtypes = zip(*(_read_header(archive, f"{name}.npy") for name in ("boxes", "masks", "scores")))
+    _check_shapes(*shapes, dtypes[1], path)
+
+
+def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and dtype of an array that is as long as its header says."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(file)
+        # In Python's integers, which do not wrap.
+        claimed, found = math.prod(shape) * dtype.itemsize, archive.getinfo(name).file_size - file.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are not loaded: allow_pickle=False")
+    if claimed != found or claimed > MAX_BYTES:
+        raise ValueError(f"{name} claims {claimed} bytes, has {found}, and may have {MAX_BYTES}")
+    return shape, dtype
+
+
+@contextlib.contextmanager
+def _named(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # zipfile, zlib and NumPy raise all kinds on damaged files
+        raise ValueError(f"Mask proposals {path} cannot be read: {error}") from error
 
 
 def transform_mask_proposals(
@@ -117,18 +171,21 @@ def transform_mask_proposals(
 
 def _check(arrays: dict[str, np.ndarray], path: str | os.PathLike) -> None:
     boxes, masks, scores = arrays["boxes"], arrays["masks"], arrays["scores"]
-    count = len(boxes)
-    if boxes.shape != (count, 4) or scores.shape != (count,) or masks.ndim != 3 or masks.shape[0] != count:
-        raise ValueError(
-            f"Mask proposals {path}: expected boxes (P, 4), masks (P, m, m) and scores (P,), "
-            f"got {boxes.shape}, {masks.shape} and {scores.shape}"
-        )
-    if masks.shape[1] != masks.shape[2] or masks.dtype not in (np.bool_, np.uint8):
-        raise ValueError(
-            f"Mask proposals {path}: masks must be square, bool or uint8, got {masks.shape}, {masks.dtype}"
-        )
+    _check_shapes(boxes.shape, masks.shape, scores.shape, masks.dtype, path)
     if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
         raise ValueError(f"Mask proposals {path}: boxes and scores must be finite")
     bad = ((boxes[:, 2:] <= boxes[:, :2]).any(axis=1)).nonzero()[0]
     if len(bad):
         raise ValueError(f"Mask proposals {path}: box {bad[0]} has no area: {boxes[bad[0]].tolist()}")
+
+
+def _check_shapes(
+    boxes: tuple[int, ...], masks: tuple[int, ...], scores: tuple[int, ...], dtype: np.dtype, path: str | os.PathLike
+) -> None:
+    if len(boxes) != 2 or boxes[1] != 4 or scores != boxes[:1] or len(masks) != 3 or masks[:1] != boxes[:1]:
+        raise ValueError(
+            f"Mask proposals {path}: expected boxes (P, 4), masks (P, m, m) and scores (P,), "
+            f"got {boxes}, {masks} and {scores}"
+        )
+    if masks[1] != masks[2] or dtype not in (np.bool_, np.uint8):
+        raise ValueError(f"Mask proposals {path}: masks must be square, bool or uint8, got {masks}, {dtype}")

@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, PascalVOCDetectionEvaluator
 
+from ..data import prepare_dataset
 from .box_level import BoxLevelEvaluator
 from .coco import FasterCOCOEvaluator
 from .pictures import PredictionPictures
@@ -25,8 +26,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
         output_folder: where predictions and pictures are written to; those of "box_instances" into ``box_level`` in it.
 
     Raises:
+        FileNotFoundError: the dataset's annotations are not there.
         ValueError: TEST.EVALUATOR or the dataset's ground truth is not valid.
     """
+    prepare_dataset(dataset_name)
     # Masks cannot be scored against ground truth that lacks some.
     has_all_masks = MetadataCatalog.get(dataset_name).get("has_all_masks", True)
     evaluators = [_protocol_evaluator(cfg, dataset_name, output_folder, None if has_all_masks else ("bbox",))]

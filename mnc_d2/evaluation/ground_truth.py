@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from ..data.coco import to_rle, valid_polygons
+from ..data.masks import to_rle, valid_polygons
 
 
 @dataclass(frozen=True)

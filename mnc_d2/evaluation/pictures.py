@@ -6,12 +6,12 @@ import os
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 
+from ..data.images import read_image
 from ..files import open_atomically
 
 _PANEL_WIDTH = 640  # pixels, at least
@@ -44,7 +44,7 @@ class PredictionPictures(DatasetEvaluator):
                 self._write(self._records[record["image_id"]], output["instances"].to("cpu"))
 
     def _write(self, record: dict, predictions: Instances) -> None:
-        image = read_image(record["file_name"], format="RGB")
+        image = read_image(record["file_name"])
         truth = self._visualizer(image).draw_dataset_dict(record)
         shown = predictions[predictions.scores >= self._score_threshold]
         predicted = self._visualizer(image).draw_instance_predictions(shown)

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 from tabulate import tabulate
 
+from ..messages import first_few
 from .average_precision import average_precision, best_overlaps, crowd_shares, match
 from .ground_truth import Annotation, GroundTruth, load_ground_truth
 from .predictions import ImagePredictions, write_coco_results
@@ -137,7 +138,7 @@ class SDSEvaluator(DatasetEvaluator):
         if names:
             raise ValueError(
                 f"'{self._dataset_name}': {len(names)} annotations have no segmentation to evaluate masks with: "
-                f'{_shorten(names)}. Evaluate boxes only: tasks=("bbox",).'
+                f'{first_few(names)}. Evaluate boxes only: tasks=("bbox",).'
             )
 
     def _check(self, image_id: Any, predictions: ImagePredictions) -> None:
@@ -150,7 +151,7 @@ class SDSEvaluator(DatasetEvaluator):
         classes = predictions.classes
         if len(classes) and not (0 <= classes.min() and classes.max() < num_classes):
             wrong = sorted({int(x) for x in classes} - set(range(num_classes)))
-            raise ValueError(f"{where} are of class {_shorten(wrong)}; classes are 0 to {num_classes - 1}.")
+            raise ValueError(f"{where} are of class {first_few(wrong)}; classes are 0 to {num_classes - 1}.")
         if predictions.counts is not None:
             self._check_truth_has_masks()
         elif len(classes) and self._tasks is not None and "sds" in self._tasks:
@@ -182,7 +183,7 @@ class SDSEvaluator(DatasetEvaluator):
         if missing:
             logger.warning(
                 f"{len(missing)} of the {len(self._truth.images)} images of '{self._dataset_name}' were not evaluated, "
-                f"their instances count as not found: {_shorten(missing)}."
+                f"their instances count as not found: {first_few(missing)}."
             )
         if not any(len(x.scores) for x in predictions.values()):
             logger.warning(f"There are no predictions on '{self._dataset_name}': every AP is 0.")
@@ -198,7 +199,7 @@ class SDSEvaluator(DatasetEvaluator):
         bare = [image_id for image_id, x in telling.items() if x.counts is None]
         if 0 < len(bare) < len(telling):
             raise ValueError(
-                f"Predictions on '{self._dataset_name}' have masks, but not those for the images {_shorten(bare)}."
+                f"Predictions on '{self._dataset_name}' have masks, but not those for the images {first_few(bare)}."
             )
         return ("bbox",) if bare else TASKS
 
@@ -300,8 +301,3 @@ def _aps(classes: Sequence[ClassPredictions], thresholds: Sequence[float], stric
             flags = match(ious, instances, difficult, threshold, strict=strict, shares=shares)
             aps[i, k] = average_precision(*flags, num_instances=int((~difficult).sum()))
     return 100 * aps
-
-
-def _shorten(names: Sequence[Any]) -> str:
-    """List the first five."""
-    return ", ".join(str(x) for x in names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")

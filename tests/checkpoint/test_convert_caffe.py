@@ -193,6 +193,14 @@ def test_an_hdf5_file_of_something_else_is_named(tmp_path, name):
         read_caffe_model(tmp_path / "other.h5")
 
 
+def test_an_hdf5_file_that_claims_terabytes_takes_no_memory(tmp_path):
+    h5py = pytest.importorskip("h5py", reason="h5py is an optional extra")
+    with h5py.File(tmp_path / "large.h5", "w") as file:
+        file.create_dataset("data/fc6/0", shape=(2**20, 2**20), dtype="f4", chunks=(64, 64))
+    with pytest.raises(ValueError, match="large.h5 .*claims 4398046511104 bytes"):
+        read_caffe_model(tmp_path / "large.h5")
+
+
 def test_a_blob_of_another_size_than_it_says_is_named(tmp_path):
     pytest.importorskip("google.protobuf", reason="protobuf is an optional extra")
     values = blob(np.zeros(3, np.float32))

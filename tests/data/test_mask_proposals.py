@@ -1,13 +1,20 @@
 """Files of mask proposals, and how they follow their image."""
 
 import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import transforms as T
 
-from mnc_d2.data import MNCDatasetMapper, mask_proposals_path, save_mask_proposals
+from mnc_d2.data import (
+    MNCDatasetMapper,
+    check_mask_proposals,
+    mask_proposals_path,
+    register_coco_dataset,
+    save_mask_proposals,
+)
 from mnc_d2.data.mask_proposals import load_mask_proposals, transform_mask_proposals
 
 BOXES = np.array([[10, 20, 30, 50], [0, 0, 8, 8], [40, 5, 60, 25]], np.float32)
@@ -84,6 +91,45 @@ def test_a_file_that_is_missing_or_of_another_kind_is_an_error_that_names_it(pat
     np.savez(path, boxes=np.array([{}], dtype=object), masks=make_masks(), scores=SCORES)
     with pytest.raises(ValueError, match="proposals.npz cannot be read.*allow_pickle"):
         load_mask_proposals(path)
+
+
+def write_header(path, shape, dtype="|u1", values=b""):
+    """A file whose masks have this header and these bytes."""
+    save_mask_proposals(path, BOXES, make_masks(), SCORES)
+    np.savez(path, boxes=BOXES, scores=SCORES)
+    with zipfile.ZipFile(path, "a") as archive, archive.open("masks.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+        file.write(values)
+
+
+def test_a_file_that_claims_more_than_it_has_takes_no_memory(path):
+    write_header(path, (3, 2**20, 2**20))
+    with pytest.raises(ValueError, match="proposals.npz cannot be read: masks.npy claims 3298534883328 bytes, has 0"):
+        load_mask_proposals(path)
+    # 2 ** 64 bytes: in 64 bits the product is 0.
+    write_header(path, (2**32, 2**32))
+    with pytest.raises(ValueError, match="claims 18446744073709551616 bytes, has 0"):
+        load_mask_proposals(path)
+
+
+def test_an_array_in_place_of_an_archive_is_named(path):
+    with open(path, "wb") as file:
+        np.save(file, BOXES)
+    with pytest.raises(ValueError, match="proposals.npz cannot be read"):
+        load_mask_proposals(path)
+
+
+def test_the_files_of_all_images_are_checked_before(coco_dataset, clean_catalogs, tmp_path):
+    register_coco_dataset("drawn", *coco_dataset)
+    for name in ("1.npz", "2.npz"):
+        save_mask_proposals(tmp_path / name, BOXES, make_masks(), SCORES)
+    check_mask_proposals(tmp_path, ["drawn"])
+    np.savez(tmp_path / "2.npz", boxes=BOXES[:2], masks=make_masks(), scores=SCORES)
+    with pytest.raises(ValueError, match=r"2\.npz: expected boxes"):
+        check_mask_proposals(tmp_path, ["drawn"])
+    (tmp_path / "1.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1\.npz do not exist"):
+        check_mask_proposals(tmp_path, ["drawn"])
 
 
 def paste(proposals, size):

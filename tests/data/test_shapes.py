@@ -12,8 +12,19 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.coco import COCO
 
-from mnc_d2.data import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, prepare_dataset, register_shapes, shapes
-from mnc_d2.data.shapes import draw_image, prepare_shapes
+from mnc_d2.data import (
+    SHAPES_CLASSES,
+    SHAPES_SPLITS,
+    ShapesSpec,
+    datasets_root,
+    drawing,
+    prepare_dataset,
+    prepare_shapes,
+    register_shapes,
+    shapes,
+)
+from mnc_d2.data.drawing import draw_image
+from mnc_d2.evaluation import build_evaluator
 
 SPEC = ShapesSpec("test", num_images=3, seed=5, image_size=(96, 112))
 
@@ -53,7 +64,7 @@ def test_spec_changes_the_folder(change):
 
 def test_drawing_version_changes_the_folder(monkeypatch):
     before = SPEC.folder
-    monkeypatch.setattr(shapes, "DRAWING_VERSION", shapes.DRAWING_VERSION + 1)
+    monkeypatch.setattr(drawing, "DRAWING_VERSION", drawing.DRAWING_VERSION + 1)
     assert SPEC.folder != before
 
 
@@ -68,7 +79,7 @@ def test_masks_are_visible_parts_and_disjoint():
         assert instances
         masks = np.stack([mask for _, mask in instances])
         assert masks.sum(axis=0).max() <= 1
-        assert masks.sum(axis=(1, 2)).min() >= shapes.MIN_PIXELS
+        assert masks.sum(axis=(1, 2)).min() >= drawing.MIN_PIXELS
 
 
 def test_instances_occlude_one_another():
@@ -164,16 +175,19 @@ def test_foreign_folder_of_the_same_name_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [SPEC.folder]
 
 
-def test_builtin_metadata_is_there_without_drawing(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    for name in ("shapes_train", "shapes_val"):
+def test_metadata_is_there_without_drawing(registered):
+    test_name, root = registered
+    folders = {name: Path(datasets_root(), spec.folder) for name, spec in SHAPES_SPLITS.items()}
+    folders[test_name] = root / SPEC.folder
+    for name, folder in folders.items():
         assert name in DatasetCatalog
         metadata = MetadataCatalog.get(name)
         assert metadata.thing_classes == list(SHAPES_CLASSES)
         assert metadata.thing_dataset_id_to_contiguous_id == {i + 1: i for i in range(len(SHAPES_CLASSES))}
         assert metadata.evaluator_type == "coco"
-        assert metadata.image_root == str(tmp_path / SHAPES_SPLITS[name].folder / "images")
-    assert list(tmp_path.iterdir()) == []
+        assert metadata.json_file == str(folder / "annotations.json")
+        assert metadata.image_root == str(folder / "images")
+    assert list(root.iterdir()) == []
 
 
 def test_catalog_gives_detectron2_records(registered):
@@ -188,7 +202,9 @@ def test_catalog_gives_detectron2_records(registered):
             np.testing.assert_array_equal(mask_util.decode(anno["segmentation"]), mask)
 
 
-def test_coco_evaluator_can_be_built_before_the_loader(registered, tmp_path):
+def test_evaluator_can_be_built_before_the_loader(registered, small_config, tmp_path):
+    """Detectron2's opens the metadata's file."""
+    assert build_evaluator(small_config(), registered[0], str(tmp_path / "out"))
     evaluator = COCOEvaluator(registered[0], output_dir=str(tmp_path / "out"))
     assert len(evaluator._coco_api.imgs) == SPEC.num_images
 

@@ -171,9 +171,13 @@ BAD = {
     "truncated JPEG": (
         "boxes",
         lambda r: truncate(r / "VOC2012" / "JPEGImages" / f"{TRAIN[0]}.jpg"),
-        ["2008_000001.jpg cannot be read as an image"],
+        ["Image .*2008_000001.jpg cannot be read"],
     ),
-    "truncated PNG": ("seg", lambda r: truncate(png(r, "Object")), ["SegmentationObject/2008_000001.png cannot be"]),
+    "truncated PNG": (
+        "seg",
+        lambda r: truncate(png(r, "Object")),
+        ["SegmentationObject/2008_000001.png cannot be"],
+    ),
     "missing PNG": ("seg", lambda r: png(r, "Class").unlink(), ["missing: .*SegmentationClass/2008_000001.png"]),
     "PNG of another size": (
         "seg",

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Optional
 
-from ..coco import check_images, read_coco_file
+from ..coco_checks import check_images, read_coco_file
 from .common import argument_parser, run_command
 
 __all__ = ["COCO_SETS", "check_coco", "main"]
@@ -42,7 +42,7 @@ def check_coco(root: str, names: Iterable[str] = DEFAULT_SETS) -> None:
         found = len(dataset["images"])
         if found != official:
             raise ValueError(f"{json_file} has {found} images, {name} has {official}. Unpack it again.")
-        check_images(json_file, os.path.join(root, "coco", folder), dataset["images"], progress=True)
+        check_images(json_file, os.path.join(root, "coco", folder), dataset["images"])
         logger.info(f"{name}: {found} images, {len(dataset['annotations'])} annotations")
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image
 from tqdm import tqdm
 
 from ...files import open_atomically
-from ..coco import EXIF_ORIENTATION
-from ..shapes import datasets_root
+from ...messages import first_few
+from ..files import datasets_root
+from ..images import ImageError, image_orientation, open_image
 from ..voc import VOC_CLASSES
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "read_image_list",
     "require_files",
     "run_command",
-    "shown",
     "write_dataset",
 ]
 
@@ -55,11 +54,6 @@ class ConvertedImage:
     record: dict[str, Any]
     annotations: list[dict[str, Any]]
     notes: list[tuple[str, str]] = field(default_factory=list)
-
-
-def shown(items: Sequence[str], limit: int = 5) -> str:
-    """Join the first few items and say how many there are if there are more."""
-    return ", ".join(items[:limit]) + (f", ... ({len(items)} in all)" if len(items) > limit else "")
 
 
 def require_files(*paths: str) -> None:
@@ -82,9 +76,11 @@ def read_image_list(path: str) -> list[str]:
     invalid = [line for line in lines if not line.replace("_", "").isdecimal()]
     repeated = [line for line, count in Counter(lines).items() if count > 1]
     if invalid or not lines:
-        raise ValueError(f"{path} is not a list of image names: {shown(invalid) or 'it is empty'}. Unpack it again.")
+        raise ValueError(
+            f"{path} is not a list of image names: {first_few(invalid) or 'it is empty'}. Unpack it again."
+        )
     if repeated:
-        raise ValueError(f"{path} names images twice: {shown(repeated)}. Unpack it again.")
+        raise ValueError(f"{path} names images twice: {first_few(repeated)}. Unpack it again.")
     return lines
 
 
@@ -112,15 +108,12 @@ def check_image(path: str) -> tuple[int, int]:
     """Decode an image file and return its (height, width).
 
     Raises:
-        ValueError: it cannot be read, or its EXIF data turn it, but not its annotations; the message names the file.
+        ImageError: it cannot be read.
+        ValueError: its EXIF data turn it, but not its annotations; the message names the file.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-            size = image.height, image.width
-    except (OSError, SyntaxError, ValueError) as e:  # what Pillow raises on broken files
-        raise ValueError(f"{path} cannot be read as an image ({e})") from e
+    with open_image(path) as image:
+        orientation, size = image_orientation(image), (image.height, image.width)
+        image.load()
     if orientation != 1:
         raise ValueError(f"{path} has the EXIF orientation {orientation}: it would be turned, and its masks not")
     return size
@@ -162,7 +155,8 @@ def write_dataset(
     Args:
         json_file: where the annotations go. Where there are problems, they are listed in `json_file`.problems.txt.
         names: of the images.
-        convert: from a name to its image. It raises FileNotFoundError for missing files and ValueError for bad ones.
+        convert: from a name to its image. It raises FileNotFoundError for missing files, and ImageError or
+            ValueError for bad ones.
         partial: leave out images with missing files.
         problems: what was found wrong before.
 
@@ -176,7 +170,7 @@ def write_dataset(
     if problems or (missing and not partial):
         _raise_problems(json_file, report, problems, missing)
     if not images:
-        raise FileNotFoundError(f"none of the {len(names)} images is there: {shown(missing, 1)}")
+        raise FileNotFoundError(f"none of the {len(names)} images is there: {first_few(missing, 1)}")
 
     annotations = [
         {"image_id": image.record["id"], **annotation} for image in images for annotation in image.annotations
@@ -204,7 +198,7 @@ def _convert_all(
             images.append(convert(name))
         except FileNotFoundError as e:
             missing.append(f"{name}: {e}")
-        except ValueError as e:
+        except (ImageError, ValueError) as e:
             problems.append(f"{name}: {e}")
     return images, missing, problems
 
@@ -217,7 +211,7 @@ def _log_notes(images: list[ConvertedImage], missing: list[str]) -> None:
         for kind, where in image.notes:
             notes[kind].append(where)
     for kind, places in notes.items():
-        logger.info(f"  {len(places)} {kind}: {shown(places)}")
+        logger.info(f"  {len(places)} {kind}: {first_few(places)}")
 
 
 def _raise_problems(json_file: str, report: str, problems: list[str], missing: list[str]) -> None:
@@ -318,7 +312,7 @@ def run_command(prepare: Callable[[argparse.Namespace], None], args: argparse.Na
     unknown = sorted(set(args.datasets) - set(known))
     try:
         if unknown:
-            raise ValueError(f"{shown(unknown)} is not among {', '.join(known)}.")
+            raise ValueError(f"{first_few(unknown)} is not among {', '.join(known)}.")
         prepare(args)
     except (ValueError, OSError) as e:
         print(f"{program}: {e}", file=sys.stderr)

@@ -17,6 +17,7 @@ from typing import Any, Optional
 import numpy as np
 from scipy.io import loadmat
 
+from ...messages import first_few
 from ..voc import VOC_CLASSES, VOC_SETS
 from .common import (
     ConvertedImage,
@@ -30,7 +31,6 @@ from .common import (
     read_image_list,
     require_files,
     run_command,
-    shown,
     write_dataset,
 )
 from .voc import VOID, flag_annotations, instance_classes, read_objects
@@ -101,7 +101,7 @@ def _image_names(root: str, image_set: str) -> tuple[list[str], list[str]]:
         problems += count_problems(path, len(voc_names[name]), official)
     neither = sorted(annotated.difference(*voc_names.values()))
     if neither:
-        logger.warning(f"In SBD, but in neither train nor val of VOC 2012, so left out: {shown(neither)}")
+        logger.warning(f"In SBD, but in neither train nor val of VOC 2012, so left out: {first_few(neither)}")
     names = [name for name in voc_names[image_set] if name in annotated]
     if not names:
         raise ValueError(f"SBD's lists have none of the images of VOC 2012's {image_set}.txt. Unpack both again.")

@@ -12,8 +12,8 @@ from typing import Any, Optional
 
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image
 
+from ..images import open_image
 from ..voc import VOC_CLASSES, VOC_SETS
 from .common import (
     ConvertedImage,
@@ -37,6 +37,7 @@ __all__ = [
     "instance_classes",
     "main",
     "prepare_voc",
+    "read_index_map",
     "read_objects",
 ]
 
@@ -120,7 +121,7 @@ def _convert_masks(root: str, folder: str, name: str) -> ConvertedImage:
     )
     require_files(os.path.join(root, image_file), xml_file, object_file, class_file)
     size = check_image(os.path.join(root, image_file))
-    instance_map, class_map = _read_index_map(object_file), _read_index_map(class_file)
+    instance_map, class_map = read_index_map(object_file), read_index_map(class_file)
     for path, index_map in ((object_file, instance_map), (class_file, class_map)):
         if index_map.shape != size:
             raise ValueError(f"{path} is {index_map.shape[::-1]}, but {image_file} is {size[::-1]} (width, height)")
@@ -139,13 +140,14 @@ def _convert_masks(root: str, folder: str, name: str) -> ConvertedImage:
     return ConvertedImage(image_record(name, image_file, size), annotations, notes)
 
 
-def _read_index_map(path: str) -> np.ndarray:
+def read_index_map(path: str) -> np.ndarray:
     """Read the palette indices of a PNG: uint8 (H, W)."""
     check_image(path)
-    with Image.open(path) as image:
-        if image.mode not in ("P", "L"):
-            raise ValueError(f"{path} has mode {image.mode}: it has colours where VOC has palette indices")
-        return np.asarray(image)
+    with open_image(path) as image:
+        mode, index_map = image.mode, np.asarray(image)
+    if mode not in ("P", "L"):
+        raise ValueError(f"{path} has mode {mode}: it has colours where VOC has palette indices")
+    return index_map
 
 
 def instance_classes(

@@ -1,0 +1,12 @@
+"""What messages have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def first_few(items: Sequence[Any], limit: int = 5) -> str:
+    """Join the first items; where there are more than ``limit``, say how many in all."""
+    shown = ", ".join(str(item) for item in items[:limit])
+    return shown + (f", ... ({len(items)} in all)" if len(items) > limit else "")
