@@ -13,27 +13,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from tabulate import tabulate
 
 from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.data import num_classes_from_datasets, prepare_dataset, register_coco_dataset
-from mnc_d2.engine import (
-    MNCTrainer,
-    check_device,
-    check_solver,
-    join_torchrun,
-    leave_process_group,
-    started_by_torchrun,
-)
-from mnc_d2.evaluation import evaluation_protocol
+from mnc_d2.engine import MNCTrainer, check_device, check_solver, count_processes, leave_process_group, run_processes
+from mnc_d2.evaluation import evaluation_protocol, print_summary
 from mnc_d2.model_zoo import get_config_file, load_config
 
 EPILOG = """
@@ -65,8 +55,12 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_config(args: argparse.Namespace) -> CfgNode:
+def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:
     """Register the datasets and return the frozen config of a run, checked as far as that is possible beforehand.
+
+    Args:
+        args: the command line.
+        check_files: whether to read the header of every image; one process of each machine does.
 
     Raises:
         ValueError, FileNotFoundError: a dataset, the config file or a key is wrong; the message says which.
@@ -78,7 +72,7 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     if weights and "://" not in weights and not args.resume and not os.path.isfile(weights):
         raise FileNotFoundError(f"The checkpoint MODEL.WEIGHTS {weights} does not exist.")
     for dataset in args.dataset:
-        register_coco_dataset(*dataset)
+        register_coco_dataset(*dataset, check_files=check_files)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes_from_datasets(cfg)
     num_processes, num_local_processes = count_processes(args)
     check_device(cfg, num_local_processes)
@@ -90,23 +84,10 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def count_processes(args: argparse.Namespace) -> tuple[int, int]:
-    """Return how many processes a run has on all machines and how many on this one, whether they are started or not.
-
-    Raises:
-        ValueError: both torchrun and the arguments give a number.
-    """
-    if not started_by_torchrun():
-        return args.num_machines * args.num_gpus, args.num_gpus
-    if args.num_gpus > 1 or args.num_machines > 1:
-        raise ValueError("torchrun starts the processes already. Leave out --num-gpus and --num-machines.")
-    return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-
-
 def find_mistake(args: argparse.Namespace) -> str | None:
     """Return what is wrong with the input of a run, in one sentence, or None; draw the shapes if they are used."""
     try:
-        cfg = build_config(args)
+        cfg = build_config(args, check_files=os.environ.get("LOCAL_RANK", "0") == "0")
         for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
             prepare_dataset(name)
     except (ValueError, OSError) as error:
@@ -116,7 +97,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
 
 def main(args: argparse.Namespace) -> None:
     """Run one process of the training or evaluation, which has joined the others, and part from them."""
-    cfg = build_config(args)
+    cfg = build_config(args, check_files=False)  # find_mistake has
     args.config_file = args.config_file and get_config_file(args.config_file)  # of which Detectron2 logs the text
     default_setup(cfg, args)
     # That gives handlers to Detectron2's loggers only.
@@ -147,45 +128,5 @@ def train(cfg: CfgNode, resume: bool) -> dict:
     return trainer.train()
 
 
-def print_summary(cfg: CfgNode, results: dict, weights: str) -> None:
-    """Print the AP or mAP^r of each task, and where the pictures, the log and the checkpoint are."""
-    per_dataset = results if len(cfg.DATASETS.TEST) > 1 else {name: results for name in cfg.DATASETS.TEST}
-    scores = {(name, task): x for name, tasks in per_dataset.items() for task, x in (tasks or {}).items()}
-    # Of mAP^r what all classes have in common, in the paper's interpolation.
-    regions = [key for x in scores.values() for key in x if key.startswith(("mAPr@", "mAPr_vol")) and "-" not in key]
-    columns = ["AP", "AP50", "AP75", *dict.fromkeys(regions)]
-    rows = [[*names, *(x.get(column) for column in columns)] for names, x in scores.items()]
-    print(tabulate(rows, headers=["dataset", "task", *columns], floatfmt=".1f"))
-    if cfg.TEST.NUM_PICTURES > 0:
-        for name in cfg.DATASETS.TEST:
-            print("pictures:  ", os.path.join(cfg.OUTPUT_DIR, "inference", name, "pictures"))
-    print("log:       ", os.path.join(cfg.OUTPUT_DIR, "log.txt"))
-    print("checkpoint:", weights)
-
-
 if __name__ == "__main__":
-    args = argument_parser().parse_args()
-    if started_by_torchrun():
-        join_torchrun()
-    # Wrong input ends here, in one sentence, whichever process found it and before others are started.
-    mistakes = [mistake for mistake in comm.all_gather(find_mistake(args)) if mistake]
-    if mistakes:
-        if comm.is_main_process():
-            print(f"train_net.py: {mistakes[0]}", file=sys.stderr, flush=True)
-        # torchrun stops all processes when the first one ends: they end after the sentence is printed.
-        leave_process_group()
-        sys.exit(1)
-    if started_by_torchrun():
-        main(args)
-    else:
-        if args.num_gpus > 1 and not torch.cuda.is_available():
-            # Processes share the cores; each would start a thread for every one of them.
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.num_gpus)))
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+    run_processes(main, argument_parser().parse_args(), find_mistake)

@@ -23,7 +23,7 @@ EXIF_ORIENTATION = 0x0112
 EXIF_TRANSPOSED = (5, 6, 7, 8)  # orientations that swap width and height
 
 
-def register_coco_dataset(name: str, json_file: str, image_root: str) -> None:
+def register_coco_dataset(name: str, json_file: str, image_root: str, *, check_files: bool = True) -> None:
     """Check a dataset in COCO's instance format and register it with Detectron2.
 
     Category ids are mapped to 0, 1, ... by ascending id. An instance with a mask and no bbox gets the mask's tight box;
@@ -37,6 +37,7 @@ def register_coco_dataset(name: str, json_file: str, image_root: str) -> None:
         name: the name for cfg.DATASETS.TRAIN and TEST. A second call with the same name and paths does nothing.
         json_file: path of the annotations.
         image_root: folder to which the file names in the annotations are relative.
+        check_files: whether to read the header of every image; False where another process has.
 
     Raises:
         FileNotFoundError: `json_file`, `image_root` or an image is missing.
@@ -52,7 +53,7 @@ def register_coco_dataset(name: str, json_file: str, image_root: str) -> None:
 
     dataset = read_coco_file(json_file)
     categories = _check_categories(json_file, dataset["categories"])
-    images = check_images(json_file, image_root, dataset["images"])
+    images = check_images(json_file, image_root, dataset["images"], files=check_files)
     annotations = dataset["annotations"]
     _check_annotations(json_file, annotations, images, categories)
 
@@ -205,7 +206,7 @@ def _check_categories(json_file: str, categories: list[dict[str, Any]]) -> dict[
 
 
 def check_images(
-    json_file: str, image_root: str, images: list[dict[str, Any]], progress: bool = False
+    json_file: str, image_root: str, images: list[dict[str, Any]], progress: bool = False, files: bool = True
 ) -> dict[Any, tuple[int, int]]:
     """Check the records of images and the headers of the files; return (height, width) by image id.
 
@@ -214,6 +215,7 @@ def check_images(
         image_root: folder to which the file names are relative.
         images: the records.
         progress: show a progress bar.
+        files: whether to look at the files.
 
     Raises:
         FileNotFoundError, ValueError: images are missing, not readable or of another size; the message names them.
@@ -231,7 +233,7 @@ def check_images(
         raise FileNotFoundError(f"The image folder {image_root} of {json_file} does not exist. Check the path.")
 
     missing, unreadable, different = [], [], []
-    for image in tqdm(images, os.path.basename(json_file), unit=" images", disable=not progress):
+    for image in tqdm(images if files else [], os.path.basename(json_file), unit=" images", disable=not progress):
         path = os.path.join(image_root, image["file_name"])
         size = (image["width"], image["height"])
         if not os.path.isfile(path):
