@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import MNCCheckpointer
 from ..data import MNCDatasetMapper
+from ..data.train_loader import TrainLoader, build_train_loader
 from ..evaluation import build_evaluator
+from ..randomness import STEP, seed_all
+from .hooks import CheckpointHook, MetricsFile, put_scalars, scalars_of
 from .step import AccumulatingTrainer, ScaleGradientClip, autocast_dtype, check_solver
 
 
@@ -26,7 +31,12 @@ class MNCTrainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` with MNC's dataset mapper, evaluators and pictures of predictions.
 
     It also trains in several processes on CPUs, in mixed precision on CPUs, and with several batches to an optimizer
-    step (``SOLVER.ACCUMULATE``).
+    step (``SOLVER.ACCUMULATE``). A training that is resumed goes on as if it had not been stopped: its images, what is
+    drawn at random for them and for each step, and its metrics are those that would have come; docs/robustness.md says
+    how far that goes.
+
+    Attributes:
+        cfg: the config; SEED is that of the run, also where none was given.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -44,6 +54,7 @@ class MNCTrainer(DefaultTrainer):
             setup_logger()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_solver(cfg, comm.get_world_size())
+        self.cfg = cfg = _with_seed(cfg, cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -57,17 +68,88 @@ class MNCTrainer(DefaultTrainer):
         self.checkpointer = MNCCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
-        self.cfg = cfg
+        self._metrics_file: MetricsFile | None = None
+        self._resumed: dict | None = None
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Build Detectron2's hooks and that for the clipping of gradients under a loss scale."""
-        return [ScaleGradientClip(self._trainer.grad_scaler, self.model), *super().build_hooks()]
+        """Build Detectron2's hooks, with this project's checkpoints, and that for the limits under a loss scale."""
+        built = [x for x in super().build_hooks() if not isinstance(x, hooks.PeriodicCheckpointer)]
+        self._checkpoints = CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        # Where Detectron2's are: a failing evaluation finds the model saved.
+        before_evaluation = [isinstance(x, hooks.EvalHook) for x in built].index(True)
+        built.insert(before_evaluation, self._checkpoints)
+        return [ScaleGradientClip(self._trainer.grad_scaler, self.model), *built]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Build Detectron2's writers."""
+        self._metrics_file = MetricsFile(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        return [CommonMetricPrinter(self.max_iter), self._metrics_file, TensorboardXWriter(self.cfg.OUTPUT_DIR)]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last checkpoint of OUTPUT_DIR, or, without ``resume`` or any, load MODEL.WEIGHTS."""
+        self.iter = -1
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        self.start_iter = self.iter + 1
+        if resume and self.start_iter == 0 and self._metrics_file is not None:
+            self._metrics_file.load_state_dict({"size": 0, "last_write": -1})
 
     def train(self) -> dict:
         """Train; return the results of the evaluation at the end."""
-        super().train()
+        try:
+            super().train()
+        finally:
+            self._checkpoints.restore_handlers()
         return getattr(self, "_last_eval_results", {})
+
+    def before_train(self) -> None:
+        if isinstance(self.data_loader, TrainLoader):
+            self.data_loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
+        super().before_train()
+        if self._resumed is not None:
+            self._finish_iteration(self._resumed)
+
+    def _finish_iteration(self, state: dict) -> None:
+        """Do what was still to do in the last iteration when its checkpoint was saved, which may not have been done.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+        """
+        put_scalars(self.storage, state["scalars"])
+        if state["max_iter"] == self.start_iter < self.max_iter:
+            return  # that training had ended, and this one prolongs it
+        if self._metrics_file is not None:
+            self._metrics_file.load_state_dict(state["metrics_file"])
+        self.iter = self.storage.iter = self.start_iter - 1
+        for hook in self._hooks[self._hooks.index(self._checkpoints) + 1 :]:
+            hook.after_step()
+        self.iter = self.storage.iter = self.start_iter
+
+    def run_step(self) -> None:
+        seed_all(STEP, self.cfg.SEED, self.iter, comm.get_rank())
+        super().run_step()
+
+    def after_train(self) -> None:
+        if sys.exc_info()[0] is not None:
+            # Whatever ended the training, it is no reason to evaluate, as Detectron2 would after the last iteration.
+            self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook)]
+        self.iter = min(self.iter, self.max_iter)  # one more where a resume found nothing left to train
+        super().after_train()
+
+    def state_dict(self) -> dict:
+        state = {**super().state_dict(), "seed": self.cfg.SEED, "max_iter": self.max_iter}
+        if self._metrics_file is not None and hasattr(self, "storage"):
+            state.update(scalars=scalars_of(self.storage), metrics_file=self._metrics_file.state_dict())
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        seed = state_dict.get("seed", self.cfg.SEED)
+        if seed != self.cfg.SEED:
+            self.cfg = _with_seed(self.cfg, seed)
+            self._trainer.reset_data_loader(lambda: self.build_train_loader(self.cfg))
+        if "scalars" in state_dict:
+            self._resumed = state_dict
 
     @classmethod
     def build_optimizer(cls, cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -88,7 +170,7 @@ class MNCTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_detection_train_loader(cfg, mapper=MNCDatasetMapper(cfg, is_train=True))
+        return build_train_loader(cfg, MNCDatasetMapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
@@ -100,3 +182,14 @@ class MNCTrainer(DefaultTrainer):
         return build_evaluator(
             cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
         )
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    if cfg.SEED == seed:
+        return cfg
+    frozen, cfg = cfg.is_frozen(), cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    if frozen:
+        cfg.freeze()
+    return cfg

@@ -1,0 +1,147 @@
+"""A training that was ended anywhere and is resumed ends as one that was not: weights, optimizer, metrics."""
+
+import json
+import os
+import weakref
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
+
+from mnc_d2.data import register_coco_dataset
+from mnc_d2.engine import MNCTrainer
+
+ITERATIONS = 5
+# Times, and the size of the file with their digits.
+TIMES = ("time", "data_time", "rank_data_time", "eta_seconds", "metrics_file")
+
+
+class At(HookBase):
+    """Does something in one iteration, when its step is over."""
+
+    def __init__(self, trainer, iteration, action):
+        self.trainer = weakref.proxy(trainer)
+        self.iteration = iteration
+        self.action = action
+
+    def after_step(self):
+        if self.trainer.iter == self.iteration:
+            self.action()
+
+
+class Killed(BaseException):
+    """In place of SIGKILL, which tests/test_faults.py sends."""
+
+
+def kill():
+    raise Killed
+
+
+@pytest.fixture
+def make_trainer(small_config, coco_dataset, tmp_path, clean_catalogs):
+    """A function that returns a trainer of a folder, with everything random that the configs have."""
+    register_coco_dataset("drawn", *coco_dataset)
+
+    def make(folder, **overrides):
+        cfg = small_config(
+            **{
+                "DATALOADER.NUM_WORKERS": 0,
+                "DATASETS.TEST": ("drawn",),
+                "DATASETS.TRAIN": ("drawn",),
+                "INPUT.CROP.ENABLED": True,
+                "INPUT.MIN_SIZE_TRAIN": (64, 96),
+                "OUTPUT_DIR": str(tmp_path / folder),
+                "SEED": 3,
+                "SOLVER.BASE_LR": 0.001,
+                "SOLVER.CHECKPOINT_PERIOD": 2,
+                "SOLVER.IMS_PER_BATCH": 1,
+                "SOLVER.MAX_ITER": ITERATIONS,
+                "TEST.EVAL_PERIOD": 2,
+                "TEST.NUM_PICTURES": 0,
+                **overrides,
+            }
+        )
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        torch.manual_seed(0)  # the weights, which default_setup would seed
+        return MNCTrainer(cfg)
+
+    return make
+
+
+def result_of(trainer):
+    """The last checkpoint and the lines of metrics.json, without times."""
+    folder = trainer.cfg.OUTPUT_DIR
+    checkpoint = torch.load(os.path.join(folder, "model_final.pth"), weights_only=True)
+    with open(os.path.join(folder, "metrics.json")) as file:
+        lines = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in file]
+    return checkpoint, lines
+
+
+def assert_same(actual, expected, where=""):
+    """Compare to the last bit."""
+    if isinstance(expected, torch.Tensor):
+        assert actual.equal(expected), where
+    elif isinstance(expected, dict):
+        actual, expected = ({k: v for k, v in x.items() if k not in TIMES} for x in (actual, expected))
+        assert actual.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_same(actual[key], value, f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), where
+        for i, (a, b) in enumerate(zip(actual, expected)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert actual == expected or actual != actual and expected != expected, where
+
+
+def train(trainer, resume=False):
+    trainer.resume_or_load(resume=resume)
+    return trainer.train()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"DATALOADER.NUM_WORKERS": 2}, {"SOLVER.ACCUMULATE": 2, "DATALOADER.ASPECT_RATIO_GROUPING": False}],
+    ids=["no worker", "two workers", "two batches to a step"],
+)
+def test_a_training_that_is_killed_three_times_ends_as_if_it_had_not_been(make_trainer, overrides):
+    whole = make_trainer("whole", **overrides)
+    results = train(whole)
+    # Before the first checkpoint, in the iteration after one, and between a checkpoint and the evaluation after it.
+    for iteration, start in ((0, 0), (2, 0), (3, 2)):
+        killed = make_trainer("parts", **overrides)
+        (evaluation,) = [i for i, hook in enumerate(killed._hooks) if isinstance(hook, EvalHook)]
+        killed._hooks.insert(evaluation, At(killed, iteration, kill))
+        with pytest.raises(Killed):
+            train(killed, resume=True)
+        assert killed.start_iter == start
+    resumed = make_trainer("parts", **overrides)
+    resumed_results = train(resumed, resume=True)
+    assert resumed.start_iter == 4
+    assert_same(result_of(resumed), result_of(whole))
+    assert_same(resumed_results, results)
+    # Of two evaluations the last before the metrics are written, the losses, the evaluation at the end.
+    assert sorted(line["iteration"] for line in result_of(whole)[1]) == [3, 4, 5]
+
+
+def test_a_run_without_a_seed_goes_on_with_its_own(make_trainer):
+    killed = make_trainer("parts", **{"SEED": -1, "TEST.EVAL_PERIOD": 0})
+    killed.register_hooks([At(killed, 1, kill)])
+    with pytest.raises(Killed):
+        train(killed)
+    resumed = make_trainer("parts", SEED=-1)
+    assert resumed.cfg.SEED != killed.cfg.SEED
+    resumed.resume_or_load(resume=True)
+    assert resumed.cfg.SEED == killed.cfg.SEED >= 0
+
+
+def test_a_training_that_is_prolonged_keeps_its_metrics(make_trainer):
+    first = make_trainer("output", **{"SOLVER.MAX_ITER": 1})
+    train(first)
+    before = result_of(first)[1]
+    longer = make_trainer("output", **{"SOLVER.MAX_ITER": 2})
+    train(longer, resume=True)
+    after = result_of(longer)[1]
+    assert after[: len(before)] == before
+    assert [line["iteration"] for line in after] == [0, 1, 1, 2]
