@@ -5,7 +5,8 @@
     python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
     torchrun --nproc_per_node 8 train_net.py --config-file ...
 
-The arguments are those of Detectron2's own train_net.py, and --dataset, which registers a dataset in COCO format.
+The arguments are those of Detectron2's own train_net.py, --dataset, which registers a dataset in COCO format, and
+--dist-timeout.
 --config-file is a file, or the name of one of this project's configs, such as quickstart/mnc_R_18_FPN.yaml.
 """
 
@@ -13,46 +14,33 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import ExitStack
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.nn import Identity
 
 from mnc_d2.checkpoint import MNCCheckpointer
+from mnc_d2.config import check_config
 from mnc_d2.data import num_classes_from_datasets, prepare_dataset, register_coco_dataset
-from mnc_d2.engine import MNCTrainer, check_device, check_solver, count_processes, leave_process_group, run_processes
+from mnc_d2.engine import (
+    MNCTrainer,
+    argument_parser,
+    check_device,
+    check_folder,
+    check_solver,
+    count_processes,
+    leave_process_group,
+    lock_folder,
+    one_sentence,
+    run_processes,
+    say_how_to_resume,
+)
 from mnc_d2.evaluation import evaluation_protocol, print_summary
 from mnc_d2.model_zoo import get_config_file, load_config
-
-EPILOG = """
-several processes:
-  %(prog)s --num-gpus 8 ...
-      8 GPUs of this machine, a process each. On a machine without GPUs: 8 processes on the CPU, which talk over gloo.
-  %(prog)s --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT ...
-      the same on two machines; the other one has --machine-rank 1.
-  torchrun --nproc_per_node 8 %(prog)s ...
-  torchrun --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr HOST --master_port PORT %(prog)s ...
-      either, started by torchrun.
-
-SOLVER.IMS_PER_BATCH is the number of images of all processes together, SOLVER.ACCUMULATE that of batches to one step of
-the optimizer.
-"""
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Return Detectron2's parser with --dataset added."""
-    parser = default_argument_parser(epilog=EPILOG)
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_ROOT"),
-        help="register a dataset in COCO format under NAME, for DATASETS.TRAIN and DATASETS.TEST; repeatable",
-    )
-    return parser
 
 
 def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:
@@ -78,18 +66,24 @@ def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:
     check_device(cfg, num_local_processes)
     for name in cfg.DATASETS.TEST:
         evaluation_protocol(cfg, name)
+    check_config(cfg)
     if not args.eval_only:
         check_solver(cfg, num_processes)
+    elif args.resume and not weights and not MNCCheckpointer(Identity(), cfg.OUTPUT_DIR).has_checkpoint():
+        raise ValueError(f"There is nothing to evaluate: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint.")
     cfg.freeze()
     return cfg
 
 
 def find_mistake(args: argparse.Namespace) -> str | None:
     """Return what is wrong with the input of a run, in one sentence, or None; draw the shapes if they are used."""
+    first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        cfg = build_config(args, check_files=os.environ.get("LOCAL_RANK", "0") == "0")
+        cfg = build_config(args, check_files=first_of_machine)
         for name in (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
             prepare_dataset(name)
+        if not args.eval_only and first_of_machine:
+            check_folder(cfg.OUTPUT_DIR, args.resume)
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -114,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate a checkpoint; return the results, empty in all processes but the main one."""
     model = MNCTrainer.build_model(cfg)
-    MNCCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    with one_sentence(ValueError, OSError):
+        MNCCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = MNCTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -123,9 +118,15 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
 
 def train(cfg: CfgNode, resume: bool) -> dict:
     """Train, from the last checkpoint if ``resume``; return the results of the evaluation at the end, as above."""
-    trainer = MNCTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    return trainer.train()
+    with ExitStack() as stack:
+        with one_sentence(ValueError, OSError):
+            if comm.is_main_process():
+                stack.enter_context(lock_folder(cfg.OUTPUT_DIR))
+        trainer = MNCTrainer(cfg)
+        with one_sentence(ValueError, OSError):
+            trainer.resume_or_load(resume=resume)
+        with one_sentence(FloatingPointError, OSError), say_how_to_resume():
+            return trainer.train()
 
 
 if __name__ == "__main__":

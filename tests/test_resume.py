@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import weakref
 
 import pytest
@@ -145,3 +146,60 @@ def test_a_training_that_is_prolonged_keeps_its_metrics(make_trainer):
     after = result_of(longer)[1]
     assert after[: len(before)] == before
     assert [line["iteration"] for line in after] == [0, 1, 1, 2]
+
+
+# ---- ended on purpose
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_training_after_the_step_under_way(make_trainer, number, code):
+    trainer = make_trainer("output", **{"SOLVER.CHECKPOINT_PERIOD": 100})
+    trainer.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), number) if trainer.iter == 1 else None)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        train(trainer)
+    assert stop.value.code == code
+    assert signal.getsignal(number) is before
+    resumed = make_trainer("output")
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+
+
+def test_a_signal_breaks_off_an_evaluation_whose_training_is_saved(make_trainer):
+    trainer = make_trainer("output", **{"SOLVER.CHECKPOINT_PERIOD": 100})
+    trainer.test = lambda cfg, model: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        train(trainer)
+    resumed, evaluated = make_trainer("output", **{"SOLVER.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 100}), []
+    resumed.test = lambda cfg, model: evaluated.append(resumed.iter)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
+    assert evaluated
+
+
+def test_only_the_newest_checkpoints_stay(make_trainer, tmp_path):
+    trainer = make_trainer(
+        "output", **{"SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_CHECKPOINTS": 2, "DATASETS.TEST": ()}
+    )
+    train(trainer)
+    names = sorted(x.stem for x in (tmp_path / "output").glob("*.pth"))
+    assert names == ["model_0000003", "model_0000004", "model_final"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_what_there_is_to_know(make_trainer, tmp_path):
+    trainer = make_trainer("output", **{"TEST.EVAL_PERIOD": 0, "SOLVER.MAX_ITER": 3})
+    trainer.test = lambda cfg, model: pytest.fail("A training that failed is not evaluated.")
+
+    def poison(module, inputs, losses):
+        return {**losses, "loss_rpn_cls": losses["loss_rpn_cls"] * float("nan")} if trainer.iter == 2 else losses
+
+    trainer.model.register_forward_hook(poison)
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert "iteration=2" in message and "'loss_rpn_cls': " in message and "nan" in message
+    assert f"The learning rate was {trainer.optimizer.param_groups[0]['lr']:g}." in message
+    assert f"The last good checkpoint is {tmp_path / 'output' / 'model_0000001.pth'}." in message
+    assert all(x.isfinite().all() for x in trainer.model.state_dict().values())

@@ -243,11 +243,11 @@ def test_several_datasets_are_registered(configure, coco_dataset):
 
 
 def test_only_the_process_that_looks_for_mistakes_reads_image_headers(
-    train_net, coco_dataset, clean_catalogs, monkeypatch
+    train_net, coco_dataset, clean_catalogs, monkeypatch, tmp_path
 ):
     read = []
     monkeypatch.setattr(Image, "open", lambda path: read.append(path) or Image.new("RGB", (96, 96)))
-    arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN]
+    arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN, "OUTPUT_DIR", tmp_path]
     args = train_net.argument_parser().parse_args([str(x) for x in arguments])
     train_net.build_config(args, check_files=False)  # as a process that was started after the check
     assert read == []

@@ -12,7 +12,8 @@ from typing import Any
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, JSONWriter
-from fvcore.common.checkpoint import Checkpointer
+
+from ..checkpoint import MNCCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -21,20 +22,22 @@ WINDOW = 20
 
 
 class CheckpointHook(hooks.PeriodicCheckpointer):
-    """Detectron2's periodic checkpoints, and one for a process that is told to end, by SIGTERM or SIGINT.
+    """Detectron2's periodic checkpoints, the newest of them, and one for a process that SIGTERM or SIGINT tells to end.
 
     The step under way is finished and saved; then ``SystemExit`` ends the training, with 143 or 130 as exit code. All
     processes of a training end after the same step. An evaluation under way is broken off: the training is saved as it
     was before, and its resume evaluates.
     """
 
-    def __init__(self, checkpointer: Checkpointer, period: int) -> None:
+    def __init__(self, checkpointer: MNCCheckpointer, period: int, keep: int = 0) -> None:
         """
         Args:
             checkpointer: saves, in the main process.
             period: iterations between checkpoints.
+            keep: number of periodic checkpoints to keep; 0 for all.
         """
         super().__init__(checkpointer, period)
+        self._keep = keep
         self._process = os.getpid()
         self._signal: int | None = None
         self._in_step = False
@@ -54,6 +57,8 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
         iteration = self.trainer.iter
         saved = (iteration + 1) % self.period == 0 or iteration >= self.max_iter - 1
         self._unsaved = None if saved else iteration
+        if saved and self._keep and comm.is_main_process():
+            self.checkpointer.remove_old(self._keep)
         told = [x for x in comm.all_gather(self._signal) if x is not None]
         self._in_step = False
         if told:

@@ -63,7 +63,8 @@ class AccumulatingTrainer(SimpleTrainer):
         self._average_gradients()
         self.after_backward()
         means = {name: torch.stack([losses[name] for losses in batches]).mean() for name in batches[0]}
-        self._write_metrics(means, data_time)
+        # Raises FloatingPointError before the optimizer has seen a loss that is not finite.
+        self.write_metrics(means, data_time, self.iter)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

@@ -75,7 +75,8 @@ class MNCTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Build Detectron2's hooks, with this project's checkpoints, and that for the limits under a loss scale."""
         built = [x for x in super().build_hooks() if not isinstance(x, hooks.PeriodicCheckpointer)]
-        self._checkpoints = CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD)
+        solver = self.cfg.SOLVER
+        self._checkpoints = CheckpointHook(self.checkpointer, solver.CHECKPOINT_PERIOD, keep=solver.MAX_CHECKPOINTS)
         # Where Detectron2's are: a failing evaluation finds the model saved.
         before_evaluation = [isinstance(x, hooks.EvalHook) for x in built].index(True)
         built.insert(before_evaluation, self._checkpoints)
@@ -126,8 +127,21 @@ class MNCTrainer(DefaultTrainer):
         self.iter = self.storage.iter = self.start_iter
 
     def run_step(self) -> None:
+        """Run one iteration.
+
+        Raises:
+            FloatingPointError: a loss is not finite; the weights are those of before.
+        """
         seed_all(STEP, self.cfg.SEED, self.iter, comm.get_rank())
-        super().run_step()
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
+            last = self.checkpointer.get_checkpoint_file()
+            raise FloatingPointError(
+                f"{' '.join(str(error).split())}. The learning rate was {rates[0]:g}. "
+                + (f"The last good checkpoint is {last}." if last else "There is no checkpoint yet.")
+            ) from None
 
     def after_train(self) -> None:
         if sys.exc_info()[0] is not None:
