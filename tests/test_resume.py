@@ -199,7 +199,17 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_what_there_is_to_know(
     with pytest.raises(FloatingPointError) as error:
         trainer.train()
     message = str(error.value)
-    assert "iteration=2" in message and "'loss_rpn_cls': " in message and "nan" in message
-    assert f"The learning rate was {trainer.optimizer.param_groups[0]['lr']:g}." in message
+    assert "diverged in iteration 2" in message and "'loss_rpn_cls': " in message and "nan" in message
+    assert f"The learning rate was {trainer.optimizer.param_groups[0]['lr']:g}," in message
     assert f"The last good checkpoint is {tmp_path / 'output' / 'model_0000001.pth'}." in message
     assert all(x.isfinite().all() for x in trainer.model.state_dict().values())
+
+
+def test_weights_that_are_not_finite_end_the_training_where_they_would_be_saved(make_trainer, tmp_path):
+    trainer = make_trainer("output", **{"SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_ITER": 3, "DATASETS.TEST": ()})
+    weight = trainer.model.proposal_generator.rpn_head.conv.weight
+    trainer._hooks.insert(0, At(trainer, 1, lambda: weight.data.fill_(float("nan"))))
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(FloatingPointError, match="diverged in iteration 1: .*rpn_head.conv.weight.*learning rate") as e:
+        trainer.train()
+    assert f"The last good checkpoint is {tmp_path / 'output' / 'model_0000000.pth'}." in str(e.value)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
@@ -97,6 +100,7 @@ class MNCTrainer(DefaultTrainer):
 
     def train(self) -> dict:
         """Train; return the results of the evaluation at the end."""
+        self._exception_before = sys.exc_info()[1]
         try:
             super().train()
         finally:
@@ -117,10 +121,12 @@ class MNCTrainer(DefaultTrainer):
             state: what :meth:`state_dict` returned.
         """
         put_scalars(self.storage, state["scalars"])
-        if state["max_iter"] == self.start_iter < self.max_iter:
-            return  # that training had ended, and this one prolongs it
+        prolonged = state["max_iter"] == self.start_iter < self.max_iter
         if self._metrics_file is not None:
-            self._metrics_file.load_state_dict(state["metrics_file"])
+            written = {"size": math.inf, "last_write": self.start_iter - 1} if prolonged else state["metrics_file"]
+            self._metrics_file.load_state_dict(written)
+        if prolonged:
+            return  # all of it was done
         self.iter = self.storage.iter = self.start_iter - 1
         for hook in self._hooks[self._hooks.index(self._checkpoints) + 1 :]:
             hook.after_step()
@@ -133,18 +139,29 @@ class MNCTrainer(DefaultTrainer):
             FloatingPointError: a loss is not finite; the weights are those of before.
         """
         seed_all(STEP, self.cfg.SEED, self.iter, comm.get_rank())
-        try:
+        with self._explained_divergence():
             super().run_step()
+
+    def after_step(self) -> None:
+        with self._explained_divergence():  # a model that is not finite is not saved
+            super().after_step()
+
+    @contextmanager
+    def _explained_divergence(self) -> Iterator[None]:
+        try:
+            yield
         except FloatingPointError as error:
-            rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
+            losses = {k: v for k, (v, _) in self.storage.latest().items() if "loss" in k}
             last = self.checkpointer.get_checkpoint_file()
             raise FloatingPointError(
-                f"{' '.join(str(error).split())}. The learning rate was {rates[0]:g}. "
+                f"The training diverged in iteration {self.iter}: {' '.join(str(error).split())} "
+                f"The learning rate was {max(group['lr'] for group in self.optimizer.param_groups):g}, "
+                f"the last finite losses {losses}. "
                 + (f"The last good checkpoint is {last}." if last else "There is no checkpoint yet.")
             ) from None
 
     def after_train(self) -> None:
-        if sys.exc_info()[0] is not None:
+        if sys.exc_info()[1] is not self._exception_before:
             # Whatever ended the training, it is no reason to evaluate, as Detectron2 would after the last iteration.
             self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook)]
         self.iter = min(self.iter, self.max_iter)  # one more where a resume found nothing left to train
