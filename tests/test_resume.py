@@ -9,9 +9,11 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
+from detectron2.utils.events import EventStorage
 
 from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import MNCTrainer
+from mnc_d2.engine.hooks import MetricsFile
 
 ITERATIONS = 5
 # Times, and the size of the file with their digits.
@@ -213,3 +215,37 @@ def test_weights_that_are_not_finite_end_the_training_where_they_would_be_saved(
     with pytest.raises(FloatingPointError, match="diverged in iteration 1: .*rpn_head.conv.weight.*learning rate") as e:
         trainer.train()
     assert f"The last good checkpoint is {tmp_path / 'output' / 'model_0000000.pth'}." in str(e.value)
+
+
+def test_metrics_whose_writing_was_broken_off_are_written_again(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    with EventStorage() as storage:
+        file = MetricsFile(str(path))
+        storage.put_scalar("loss", 1.0)
+        file.write()
+        storage.iter = 1
+        storage.put_scalar("loss", 2.0, cur_iter=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(file, "_file_handle", HalfFile(file._file_handle))
+            with pytest.raises(SystemExit):
+                file.write()
+        state = file.state_dict()
+        resumed = MetricsFile(str(path))
+        resumed.load_state_dict(state)
+        resumed.write()
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+class HalfFile:
+    """Writes half of a text; then comes a signal."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text):
+        self.file.write(text[: len(text) // 2])
+        self.file.flush()
+        raise SystemExit
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)

@@ -61,8 +61,8 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
             self.checkpointer.remove_old(self._keep)
         told = [x for x in comm.all_gather(self._signal) if x is not None]
         self._in_step = False
-        if told:
-            self._stop(told[0])
+        if told or self._signal is not None:  # that of this moment
+            self._stop(told[0] if told else self._signal)
 
     def restore_handlers(self) -> None:
         """Leave signals to those who had them before the training."""
@@ -87,15 +87,29 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
 class MetricsFile(JSONWriter):
     """Detectron2's ``metrics.json``, which goes on after a resume as if the training had not been stopped."""
 
+    def __init__(self, json_file: str) -> None:
+        """
+        Args:
+            json_file: its path; new lines are appended.
+        """
+        super().__init__(json_file)
+        self._written = {"size": self._file_handle.tell(), "last_write": self._last_write}
+
+    def write(self) -> None:
+        super().write()
+        self._written = {"size": self._file_handle.tell(), "last_write": self._last_write}
+
     def state_dict(self) -> dict[str, int]:
-        return {"size": self._file_handle.tell(), "last_write": self._last_write}
+        """Return the state after the last whole writing: a signal may have broken one off."""
+        return self._written
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Take back what was written after the state was saved."""
-        self._last_write = state_dict["last_write"]
         if state_dict["size"] < self._file_handle.tell():
             self._file_handle.truncate(state_dict["size"])
             self._file_handle.seek(0, os.SEEK_END)
+        self._last_write = state_dict["last_write"]
+        self._written = {"size": self._file_handle.tell(), "last_write": self._last_write}
 
 
 def scalars_of(storage: EventStorage) -> dict[str, dict[str, Any]]:
