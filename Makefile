@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CONFIG := configs/quickstart/mnc_shapes.yaml
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test test-faults lint
 
 install: $(INSTALLED)
 
@@ -17,10 +17,14 @@ $(INSTALLED): requirements/pinned.txt requirements/detectron2.txt requirements/i
 	touch $@
 
 quickstart: install
-	$(BIN)/python train_net.py --config-file $(CONFIG) OUTPUT_DIR output/quickstart
+	$(BIN)/python train_net.py --config-file $(CONFIG) --resume OUTPUT_DIR output/quickstart
 
 test: install
 	$(BIN)/python -m pytest
+
+# Trainings that are killed at random moments: about half an hour on two cores.
+test-faults: install
+	$(BIN)/python -m pytest -m faults tests/test_faults.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@
     python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
     torchrun --nproc_per_node 8 train_net.py --config-file ...
 
-The arguments are those of Detectron2's own train_net.py, and --dataset, which registers a dataset in COCO format.
+The arguments are those of Detectron2's own train_net.py, --dataset, which registers a dataset in COCO format, and
+--dist-timeout.
 --config-file is a file, or the name of one of this project's configs, such as quickstart/mnc_R_18_FPN.yaml.
 """
 
@@ -13,60 +14,41 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+from contextlib import ExitStack
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from tabulate import tabulate
+from torch.nn import Identity
 
 from mnc_d2.checkpoint import MNCCheckpointer
+from mnc_d2.config import check_config
 from mnc_d2.data import check_mask_proposals, num_classes_from_datasets, prepare_dataset, register_coco_dataset
 from mnc_d2.engine import (
     MNCTrainer,
+    argument_parser,
     check_device,
+    check_folder,
     check_solver,
-    join_torchrun,
+    count_processes,
     leave_process_group,
-    started_by_torchrun,
+    lock_folder,
+    one_sentence,
+    run_processes,
+    say_how_to_resume,
 )
-from mnc_d2.evaluation import evaluation_protocol
+from mnc_d2.evaluation import evaluation_protocol, print_summary
 from mnc_d2.model_zoo import get_config_file, load_config
 
-EPILOG = """
-several processes:
-  %(prog)s --num-gpus 8 ...
-      8 GPUs of this machine, a process each. On a machine without GPUs: 8 processes on the CPU, which talk over gloo.
-  %(prog)s --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT ...
-      the same on two machines; the other one has --machine-rank 1.
-  torchrun --nproc_per_node 8 %(prog)s ...
-  torchrun --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr HOST --master_port PORT %(prog)s ...
-      either, started by torchrun.
 
-SOLVER.IMS_PER_BATCH is the number of images of all processes together, SOLVER.ACCUMULATE that of batches to one step of
-the optimizer.
-"""
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Return Detectron2's parser with --dataset added."""
-    parser = default_argument_parser(epilog=EPILOG)
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_ROOT"),
-        help="register a dataset in COCO format under NAME, for DATASETS.TRAIN and DATASETS.TEST; repeatable",
-    )
-    return parser
-
-
-def build_config(args: argparse.Namespace) -> CfgNode:
+def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:
     """Register the datasets and return the frozen config of a run, checked as far as that is possible beforehand.
+
+    Args:
+        args: the command line.
+        check_files: whether to read the header of every image; one process of each machine does.
 
     Raises:
         ValueError, FileNotFoundError: a dataset, the config file or a key is wrong; the message says which.
@@ -78,40 +60,33 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     if weights and "://" not in weights and not args.resume and not os.path.isfile(weights):
         raise FileNotFoundError(f"The checkpoint MODEL.WEIGHTS {weights} does not exist.")
     for dataset in args.dataset:
-        register_coco_dataset(*dataset)
+        register_coco_dataset(*dataset, check_files=check_files)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes_from_datasets(cfg)
     num_processes, num_local_processes = count_processes(args)
     check_device(cfg, num_local_processes)
     for name in cfg.DATASETS.TEST:
         evaluation_protocol(cfg, name)
+    check_config(cfg)
     if not args.eval_only:
         check_solver(cfg, num_processes)
+    elif args.resume and not weights and not MNCCheckpointer(Identity(), cfg.OUTPUT_DIR).has_checkpoint():
+        raise ValueError(f"There is nothing to evaluate: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint.")
     cfg.freeze()
     return cfg
 
 
-def count_processes(args: argparse.Namespace) -> tuple[int, int]:
-    """Return how many processes a run has on all machines and how many on this one, whether they are started or not.
-
-    Raises:
-        ValueError: both torchrun and the arguments give a number.
-    """
-    if not started_by_torchrun():
-        return args.num_machines * args.num_gpus, args.num_gpus
-    if args.num_gpus > 1 or args.num_machines > 1:
-        raise ValueError("torchrun starts the processes already. Leave out --num-gpus and --num-machines.")
-    return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-
-
 def find_mistake(args: argparse.Namespace) -> str | None:
     """Return what is wrong with the input of a run, in one sentence, or None; draw the shapes if they are used."""
+    first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        cfg = build_config(args)
+        cfg = build_config(args, check_files=first_of_machine)
         names = (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
         for name in names:
             prepare_dataset(name)
-        if cfg.DATASETS.MASK_PROPOSALS:
+        if cfg.DATASETS.MASK_PROPOSALS and first_of_machine:
             check_mask_proposals(cfg.DATASETS.MASK_PROPOSALS, names)
+        if not args.eval_only and first_of_machine:
+            check_folder(cfg.OUTPUT_DIR, args.resume)
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -119,7 +94,7 @@ def find_mistake(args: argparse.Namespace) -> str | None:
 
 def main(args: argparse.Namespace) -> None:
     """Run one process of the training or evaluation, which has joined the others, and part from them."""
-    cfg = build_config(args)
+    cfg = build_config(args, check_files=False)  # find_mistake has
     args.config_file = args.config_file and get_config_file(args.config_file)  # of which Detectron2 logs the text
     default_setup(cfg, args)
     # That gives handlers to Detectron2's loggers only.
@@ -136,7 +111,8 @@ def main(args: argparse.Namespace) -> None:
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate a checkpoint; return the results, empty in all processes but the main one."""
     model = MNCTrainer.build_model(cfg)
-    MNCCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    with one_sentence(ValueError, OSError):
+        MNCCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = MNCTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -145,50 +121,16 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
 
 def train(cfg: CfgNode, resume: bool) -> dict:
     """Train, from the last checkpoint if ``resume``; return the results of the evaluation at the end, as above."""
-    trainer = MNCTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    return trainer.train()
-
-
-def print_summary(cfg: CfgNode, results: dict, weights: str) -> None:
-    """Print the AP or mAP^r of each task, and where the pictures, the log and the checkpoint are."""
-    per_dataset = results if len(cfg.DATASETS.TEST) > 1 else {name: results for name in cfg.DATASETS.TEST}
-    scores = {(name, task): x for name, tasks in per_dataset.items() for task, x in (tasks or {}).items()}
-    # Of mAP^r what all classes have in common, in the paper's interpolation.
-    regions = [key for x in scores.values() for key in x if key.startswith(("mAPr@", "mAPr_vol")) and "-" not in key]
-    columns = ["AP", "AP50", "AP75", *dict.fromkeys(regions)]
-    rows = [[*names, *(x.get(column) for column in columns)] for names, x in scores.items()]
-    print(tabulate(rows, headers=["dataset", "task", *columns], floatfmt=".1f"))
-    if cfg.TEST.NUM_PICTURES > 0:
-        for name in cfg.DATASETS.TEST:
-            print("pictures:  ", os.path.join(cfg.OUTPUT_DIR, "inference", name, "pictures"))
-    print("log:       ", os.path.join(cfg.OUTPUT_DIR, "log.txt"))
-    print("checkpoint:", weights)
+    with ExitStack() as stack:
+        with one_sentence(ValueError, OSError):
+            if comm.is_main_process():
+                stack.enter_context(lock_folder(cfg.OUTPUT_DIR))
+        trainer = MNCTrainer(cfg)
+        with one_sentence(ValueError, OSError):
+            trainer.resume_or_load(resume=resume)
+        with one_sentence(FloatingPointError, OSError), say_how_to_resume():
+            return trainer.train()
 
 
 if __name__ == "__main__":
-    args = argument_parser().parse_args()
-    if started_by_torchrun():
-        join_torchrun()
-    # Wrong input ends here, in one sentence, whichever process found it and before others are started.
-    mistakes = [mistake for mistake in comm.all_gather(find_mistake(args)) if mistake]
-    if mistakes:
-        if comm.is_main_process():
-            print(f"train_net.py: {mistakes[0]}", file=sys.stderr, flush=True)
-        # torchrun stops all processes when the first one ends: they end after the sentence is printed.
-        leave_process_group()
-        sys.exit(1)
-    if started_by_torchrun():
-        main(args)
-    else:
-        if args.num_gpus > 1 and not torch.cuda.is_available():
-            # Processes share the cores; each would start a thread for every one of them.
-            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.num_gpus)))
-        launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+    run_processes(main, argument_parser().parse_args(), find_mistake)

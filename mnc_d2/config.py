@@ -1,7 +1,57 @@
-"""Config keys of MNC, beside those of Detectron2 that it reuses."""
+"""Config keys of MNC, beside those of Detectron2 that it reuses, and the check of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode as CN
+from detectron2.modeling import build_model
+
+# What check_config wants of values, by key. Those of tuples and lists are wanted of every element.
+_POSITIVE = """
+    INPUT.MAX_SIZE_TEST INPUT.MAX_SIZE_TRAIN MODEL.MNC.MASK_FC_DIM MODEL.MNC.MASK_INIT_STD MODEL.MNC.MASK_SIZE
+    MODEL.MNC.NUM_PASSES_TEST MODEL.MNC.NUM_PASSES_TRAIN MODEL.PIXEL_STD MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE MODEL.ROI_HEADS.NUM_CLASSES MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
+    MODEL.RPN.BATCH_SIZE_PER_IMAGE MODEL.RPN.POST_NMS_TOPK_TEST MODEL.RPN.POST_NMS_TOPK_TRAIN
+    MODEL.RPN.PRE_NMS_TOPK_TEST MODEL.RPN.PRE_NMS_TOPK_TRAIN SOLVER.ACCUMULATE SOLVER.BASE_LR
+    SOLVER.CHECKPOINT_PERIOD SOLVER.IMS_PER_BATCH SOLVER.MAX_ITER SOLVER.STEPS TEST.DETECTIONS_PER_IMAGE
+""".split()
+_NOT_NEGATIVE = """
+    DATALOADER.NUM_WORKERS INPUT.MIN_SIZE_TEST INPUT.MIN_SIZE_TRAIN MODEL.BACKBONE.FREEZE_AT
+    MODEL.MNC.DELTA_GRADIENT_CLIP MODEL.MNC.MASK_LOSS_WEIGHT SOLVER.GAMMA SOLVER.MAX_CHECKPOINTS SOLVER.MOMENTUM
+    SOLVER.WARMUP_FACTOR SOLVER.WARMUP_ITERS SOLVER.WEIGHT_DECAY TEST.EVAL_PERIOD TEST.NUM_PICTURES VIS_PERIOD
+""".split()
+_FRACTIONS = """
+    MODEL.MNC.BACKGROUND_FRACTIONS MODEL.MNC.BACKGROUND_IOU_BANDS MODEL.MNC.MASK_IOU_THRESHOLD MODEL.MNC.MASK_THRESHOLD
+    MODEL.MNC.MASK_TARGET_THRESHOLD MODEL.MNC.NEXT_PASS_MIN_SCORE MODEL.MNC.VOTING_IOU_THRESHOLD
+    MODEL.ROI_HEADS.IOU_THRESHOLDS MODEL.ROI_HEADS.NMS_THRESH_TEST MODEL.ROI_HEADS.POSITIVE_FRACTION
+    MODEL.ROI_HEADS.SCORE_THRESH_TEST MODEL.RPN.IOU_THRESHOLDS MODEL.RPN.NMS_THRESH MODEL.RPN.POSITIVE_FRACTION
+""".split()
+_CHOICES = {
+    "DATALOADER.SAMPLER_TRAIN": (
+        "TrainingSampler",
+        "RepeatFactorTrainingSampler",
+        "RandomSubsetTrainingSampler",
+        "WeightedTrainingSampler",
+        "WeightedCategoryTrainingSampler",
+    ),
+    "INPUT.FORMAT": ("BGR", "RGB"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    "SOLVER.OPTIMIZER": ("SGD", "ADAMW"),
+}
+# Pairs of keys, and how many elements more the second has.
+_LENGTHS = [
+    ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", 0),
+    ("MODEL.MNC.BACKGROUND_IOU_BANDS", "MODEL.MNC.BACKGROUND_FRACTIONS", 0),
+    ("MODEL.RPN.IOU_THRESHOLDS", "MODEL.RPN.IOU_LABELS", 1),
+    ("MODEL.ROI_HEADS.IOU_THRESHOLDS", "MODEL.ROI_HEADS.IOU_LABELS", 1),
+]
 
 
 def add_mnc_config(cfg: CN) -> None:
@@ -145,6 +195,9 @@ def add_mnc_config(cfg: CN) -> None:
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0
 
+    # Periodic checkpoints to keep, the newest; 0 for all.
+    cfg.SOLVER.MAX_CHECKPOINTS = 0
+
     # "SGD" (the paper) or "ADAMW", which learns faster from random initialisation.
     cfg.SOLVER.OPTIMIZER = "SGD"
 
@@ -153,3 +206,73 @@ def add_mnc_config(cfg: CN) -> None:
     cfg.SOLVER.ACCUMULATE = 1
     # With AMP.ENABLED: "float16" (with a loss scale), "bfloat16", or "auto": the first on a GPU, the second on the CPU.
     cfg.SOLVER.AMP.PRECISION = "auto"
+
+
+def check_config(cfg: CN) -> None:
+    """Check what can be known of a config before data is read and processes are started; build its model to see.
+
+    The model is built on PyTorch's meta device: it takes no memory, and no weights are read.
+
+    Args:
+        cfg: a config with MNC's keys.
+
+    Raises:
+        ValueError: a value is wrong, or there is no such model; the message names the key, where it is known.
+    """
+    for key, value in _leaves(cfg):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} is {value}. It must be a finite number.")
+    for keys, is_right, what in (
+        (_POSITIVE, lambda x: x > 0, "positive"),
+        (_NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
+        (_FRACTIONS, lambda x: 0 <= x <= 1, "between 0 and 1"),
+    ):
+        for key in keys:
+            value = _get(cfg, key)
+            if not all(is_right(x) for _, x in _leaves(value, key)):
+                raise ValueError(f"{key} is {value}. It must be {what}.")
+    for key, choices in _CHOICES.items():
+        if _get(cfg, key) not in choices:
+            raise ValueError(f"{key} is {_get(cfg, key)!r}. It must be one of {', '.join(choices)}.")
+    for first, second, more in _LENGTHS:
+        lengths = len(_get(cfg, first)), len(_get(cfg, second))
+        if lengths[1] != lengths[0] + more:
+            raise ValueError(
+                f"{first} has {lengths[0]} elements, so {second} must have {lengths[0] + more}, not {lengths[1]}."
+            )
+    if list(cfg.SOLVER.STEPS) != sorted(set(cfg.SOLVER.STEPS)):
+        raise ValueError(f"SOLVER.STEPS is {cfg.SOLVER.STEPS}. It must be in ascending order.")
+    if not cfg.INPUT.MIN_SIZE_TRAIN:
+        raise ValueError("INPUT.MIN_SIZE_TRAIN is empty. Give it the sizes of the shorter side in training.")
+    if cfg.SEED >= 2**31:
+        raise ValueError(f"SEED is {cfg.SEED}. It must be less than 2^31; -1 stands for a seed that is drawn.")
+    _check_model(cfg)
+
+
+def _check_model(cfg: CN) -> None:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    try:
+        with torch.device("meta"):
+            build_model(cfg)
+    except Exception as error:  # Detectron2 and PyTorch raise all kinds: KeyError of a registry, AssertionError, ...
+        reason = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise ValueError(f"The config has no model: {reason or type(error).__name__}") from error
+
+
+def _get(cfg: CN, key: str) -> Any:
+    return reduce(getattr, key.split("."), cfg)
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values in a config, a list or a tuple that are none of these themselves, and the key of each."""
+    if isinstance(value, dict):
+        for name, x in value.items():
+            yield from _leaves(x, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for x in value:
+            yield from _leaves(x, key)
+    else:
+        yield key, value

@@ -26,6 +26,17 @@ def open_atomically(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iter
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(os.path.dirname(path))
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+def _sync_folder(folder: str) -> None:
+    """Have a new name in a folder survive a power failure."""
+    with contextlib.suppress(OSError):  # not every file system has it
+        descriptor = os.open(folder or ".", os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from mnc_d2.data import VOC_SETS, register_voc_set
+from mnc_d2.evaluation import print_summary
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_net.py"
@@ -241,6 +242,21 @@ def test_several_datasets_are_registered(configure, coco_dataset):
     assert len(DatasetCatalog.get("drawn")) == len(DatasetCatalog.get("again")) == 2
 
 
+def test_only_the_process_that_looks_for_mistakes_reads_image_headers(
+    train_net, coco_dataset, clean_catalogs, monkeypatch, tmp_path
+):
+    read = []
+    monkeypatch.setattr(Image, "open", lambda path: read.append(path) or Image.new("RGB", (96, 96)))
+    arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN, "OUTPUT_DIR", tmp_path]
+    args = train_net.argument_parser().parse_args([str(x) for x in arguments])
+    train_net.build_config(args, check_files=False)  # as a process that was started after the check
+    assert read == []
+    DatasetCatalog.remove("drawn")
+    MetadataCatalog.remove("drawn")
+    assert train_net.find_mistake(args) is None
+    assert len(read) == 2
+
+
 def test_torchrun_and_num_gpus_exclude_each_other(configure, coco_dataset, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
@@ -385,11 +401,11 @@ def test_bad_input_ends_the_program_with_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b")], ids=["one dataset", "two datasets"])
-def test_summary_has_a_row_for_each_task_of_each_dataset(train_net, small_config, capsys, names):
+def test_summary_has_a_row_for_each_task_of_each_dataset(small_config, capsys, names):
     cfg = small_config(**{"DATASETS.TEST": names, "OUTPUT_DIR": "somewhere"})
     scores = {"bbox": {"AP": 12.34, "AP50": 50.0, "AP75": math.nan}, "segm": {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}}
     # As Detectron2's trainer returns them: by dataset only if there are several.
-    train_net.print_summary(cfg, scores if len(names) == 1 else dict.fromkeys(names, scores), "model.pth")
+    print_summary(cfg, scores if len(names) == 1 else dict.fromkeys(names, scores), "model.pth")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     for name in names:
         assert [name, "bbox", "12.3", "50.0", "nan"] in rows
@@ -397,11 +413,11 @@ def test_summary_has_a_row_for_each_task_of_each_dataset(train_net, small_config
     assert ["checkpoint:", "model.pth"] in rows
 
 
-def test_summary_has_a_column_for_each_kind_of_metric(train_net, small_config, capsys):
+def test_summary_has_a_column_for_each_kind_of_metric(small_config, capsys):
     cfg = small_config(**{"DATASETS.TEST": ("a", "b"), "OUTPUT_DIR": "somewhere"})
     boxes = {"AP": 30.0, "AP50": 50.0, "AP75": 40.0, "AP50-cat": 1.0}
     regions = {"mAPr@50": 63.5, "mAPr@70": 41.5, "mAPr_vol": 0.25, "mAPr_area@50": 1.0, "mAPr@50-cat": 2.0}
-    train_net.print_summary(cfg, {"a": {"sds": regions, "bbox": boxes}, "b": {"segm": boxes}}, "model.pth")
+    print_summary(cfg, {"a": {"sds": regions, "bbox": boxes}, "b": {"segm": boxes}}, "model.pth")
     header, _, sds, bbox, segm, *_ = capsys.readouterr().out.splitlines()
     assert header.split() == ["dataset", "task", "AP", "AP50", "AP75", "mAPr@50", "mAPr@70", "mAPr_vol"]
     assert sds.split() == ["a", "sds", "63.5", "41.5", "0.2"]

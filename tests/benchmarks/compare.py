@@ -24,6 +24,7 @@ import os
 import queue
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -188,7 +189,8 @@ def settings_of(run: Run, options: argparse.Namespace) -> dict:
 def train(run: Run, options: argparse.Namespace, cores: queue.SimpleQueue) -> dict:
     """Train and evaluate once in a process of its own; return its metrics and seconds."""
     output = options.output / run.name
-    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output, ignore_errors=True)  # what a run that was interrupted left
+    output.mkdir(parents=True)
     command = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(ROOT / "configs" / run.variant.config)]
     for dataset in (*run.train, *run.test):
         command += ["--dataset", *dataset]

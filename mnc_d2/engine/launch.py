@@ -1,0 +1,228 @@
+"""The command line and the processes of a run, started by Detectron2's launcher or by torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, launch
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+EPILOG = """
+several processes:
+  %(prog)s --num-gpus 8 ...
+      8 GPUs of this machine, a process each. On a machine without GPUs: 8 processes on the CPU, which talk over gloo.
+  %(prog)s --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT ...
+      the same on two machines; the other one has --machine-rank 1.
+  torchrun --nproc_per_node 8 %(prog)s ...
+  torchrun --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr HOST --master_port PORT %(prog)s ...
+      either, started by torchrun.
+
+SOLVER.IMS_PER_BATCH is the number of images of all processes together, SOLVER.ACCUMULATE that of batches to one step of
+the optimizer.
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Return Detectron2's parser with --dataset and --dist-timeout added."""
+    parser = default_argument_parser(epilog=EPILOG)
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_ROOT"),
+        help="register a dataset in COCO format under NAME, for DATASETS.TRAIN and DATASETS.TEST; repeatable",
+    )
+    parser.add_argument(
+        "--dist-timeout",
+        type=float,
+        default=1800,
+        metavar="SECONDS",
+        help="of several processes, how long one waits for the others before the run ends (default 30 minutes)",
+    )
+    return parser
+
+
+def run_processes(
+    main: Callable[[argparse.Namespace], None],
+    args: argparse.Namespace,
+    find_mistake: Callable[[argparse.Namespace], str | None],
+) -> None:
+    """Run a program in all its processes, unless its input is wrong: then print what is wrong and exit.
+
+    Args:
+        main: what each process runs, after it has joined the others; it parts from them by
+            :func:`leave_process_group`.
+        args: what :func:`argument_parser` returns; given to ``main`` and ``find_mistake``.
+        find_mistake: returns what is wrong, in one sentence, or None. It runs before processes are started, or in each
+            of those that torchrun started.
+    """
+    by_torchrun = started_by_torchrun()
+    if by_torchrun:
+        join_torchrun(timedelta(seconds=args.dist_timeout))
+    mistakes = [mistake for mistake in comm.all_gather(find_mistake(args)) if mistake]
+    if mistakes:
+        if comm.is_main_process():
+            _print_error(mistakes[0])
+        # torchrun stops all processes when the first one ends: they end after the sentence is printed.
+        leave_process_group()
+        sys.exit(1)
+    if by_torchrun:
+        main(args)
+        return
+    if args.num_gpus > 1 and not torch.cuda.is_available():
+        # Processes share the cores; each would start a thread for every one of them.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.num_gpus)))
+    several = args.num_machines * args.num_gpus > 1
+    if several:
+        # They have handlers of their own, which save; this process waits for them.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _forward)
+    try:
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+            timeout=timedelta(seconds=args.dist_timeout),
+        )
+    except ProcessExitedException as error:  # it has said why
+        sys.exit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code)
+    except ProcessRaisedException as error:
+        sys.exit(str(error))
+
+
+def _forward(number: int, frame) -> None:
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, number)
+
+
+@contextmanager
+def one_sentence(*errors: type[Exception]) -> Iterator[None]:
+    """End the program with the message of an error of these types, as for wrong input."""
+    try:
+        yield
+    except errors as error:
+        _print_error(error)
+        leave_process_group(wait=False)
+        sys.exit(1)
+
+
+@contextmanager
+def say_how_to_resume() -> Iterator[None]:
+    """Print a command, in the main process, where a signal ends the training."""
+    try:
+        yield
+    except SystemExit:
+        if comm.is_main_process():
+            options = [x for x in sys.argv[1:] if x != "--resume"]
+            print("Resume with:", shlex.join([sys.argv[0], "--resume", *options]), flush=True)
+        leave_process_group(wait=False)
+        raise
+
+
+def _print_error(message: object) -> None:
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+
+
+def count_processes(args: argparse.Namespace) -> tuple[int, int]:
+    """Return how many processes a run has on all machines and how many on this one, whether they are started or not.
+
+    Raises:
+        ValueError: both torchrun and the arguments give a number, or the arguments contradict each other.
+    """
+    if args.dist_timeout <= 0:
+        raise ValueError(f"--dist-timeout must be positive, got {args.dist_timeout}.")
+    if not started_by_torchrun():
+        if args.num_machines < 1 or args.num_gpus < 0:
+            raise ValueError(f"There cannot be {args.num_machines} machines with {args.num_gpus} processes each.")
+        if not 0 <= args.machine_rank < args.num_machines:
+            raise ValueError(
+                f"--machine-rank is {args.machine_rank}, of {args.num_machines} machines. They are numbered from 0."
+            )
+        if args.num_machines > 1 and args.dist_url == "auto":
+            raise ValueError("--dist-url auto is for one machine. Give all of them tcp://HOST:PORT of the first one.")
+        return args.num_machines * args.num_gpus, args.num_gpus
+    if args.num_gpus > 1 or args.num_machines > 1:
+        raise ValueError("torchrun starts the processes already. Leave out --num-gpus and --num-machines.")
+    return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def check_device(cfg: CfgNode, num_local_processes: int) -> None:
+    """Check that the processes of this machine can have the device that the config names.
+
+    Args:
+        cfg: the config of the run.
+        num_local_processes: processes on this machine.
+
+    Raises:
+        ValueError: they cannot; the message says why.
+    """
+    num_gpus = torch.cuda.device_count()
+    if cfg.MODEL.DEVICE.startswith("cuda") and num_gpus == 0:
+        raise ValueError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}", but PyTorch finds no GPU on this machine.')
+    if num_gpus == 0 or num_local_processes <= 1:
+        return
+    # Where there are GPUs the processes talk over NCCL, which knows no CPU tensors and one process a GPU.
+    if cfg.MODEL.DEVICE == "cpu":
+        raise ValueError(
+            "Several processes on a machine with GPUs run on these. To run them on the CPU, hide the GPUs: set "
+            'CUDA_VISIBLE_DEVICES="" in the environment.'
+        )
+    if num_local_processes > num_gpus:
+        raise ValueError(
+            f"{num_local_processes} processes need as many GPUs; PyTorch finds {num_gpus} on this machine."
+        )
+
+
+def started_by_torchrun() -> bool:
+    """Return whether the environment has what ``torchrun`` tells each of the processes that it starts."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(name in os.environ for name in names)
+
+
+def join_torchrun(timeout: timedelta) -> None:
+    """Join the other processes that ``torchrun`` started, as Detectron2's ``launch`` does with those that it starts.
+
+    Args:
+        timeout: after which a process that waits for others gives up.
+    """
+    on_gpu = torch.cuda.is_available()
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    if on_gpu:
+        # More processes than GPUs are an error, but for check_device to explain.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def leave_process_group(wait: bool = True) -> None:
+    """Wait for the other processes, then part from them; nothing to do for a process on its own.
+
+    Args:
+        wait: whether to; False where they may never come.
+    """
+    if dist.is_initialized():
+        # A trainer and its hooks refer to each other: without this its DistributedDataParallel outlives the group.
+        gc.collect()
+        # Over gloo, which minds no processes that share a GPU, as those do that check_device refuses.
+        if wait:
+            comm.all_gather(None)
+        # Detectron2 caches the group, which then survives its destruction, and so do gloo's threads: one that still
+        # holds a tensor when Python shuts down ends the process by SIGABRT.
+        comm._get_global_gloo_group.cache_clear()
+        dist.destroy_process_group()

@@ -1,0 +1,56 @@
+"""Numbers of processes, and errors that end a program in a sentence."""
+
+import sys
+
+import pytest
+
+from mnc_d2.engine import argument_parser, count_processes, one_sentence, say_how_to_resume
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], (1, 1)),
+        (["--num-gpus", "4"], (4, 4)),
+        (["--num-gpus", "4", "--num-machines", "2", "--machine-rank", "1", "--dist-url", "tcp://host:1"], (8, 4)),
+    ],
+)
+def test_number_of_processes(arguments, expected):
+    assert count_processes(argument_parser().parse_args(arguments)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--machine-rank", "1"], "--machine-rank is 1, of 1 machines"),
+        (["--machine-rank", "2", "--num-machines", "2"], "--machine-rank is 2, of 2 machines"),
+        (["--machine-rank", "-1", "--num-machines", "2"], "--machine-rank is -1"),
+        (["--num-machines", "0"], "0 machines"),
+        (["--num-gpus", "-1"], "-1 processes"),
+        (["--num-machines", "2", "--dist-url", "auto"], "--dist-url auto is for one machine"),
+        (["--dist-timeout", "0"], "--dist-timeout must be positive, got 0"),
+    ],
+)
+def test_processes_that_cannot_be_are_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        count_processes(argument_parser().parse_args(arguments))
+
+
+def test_an_error_of_the_given_types_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["folder/program.py"])
+    with pytest.raises(SystemExit) as stop:
+        with one_sentence(ValueError):
+            raise ValueError("This is wrong.")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "program.py: This is wrong.\n"
+    with pytest.raises(KeyError):
+        with one_sentence(ValueError):
+            raise KeyError("a mistake in the program")
+
+
+def test_the_command_that_resumes_has_the_option_once_and_in_front(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program.py", "--resume", "DATASETS.TEST", "('a',)"])
+    with pytest.raises(SystemExit):
+        with say_how_to_resume():
+            raise SystemExit(143)
+    assert capsys.readouterr().out == """Resume with: program.py --resume DATASETS.TEST '('"'"'a'"'"',)'\n"""
