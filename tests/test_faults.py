@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -37,20 +38,22 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def start(arguments, command=ONE):
     """Start train_net.py in a session of its own, so that all of its processes can be told from others."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [str(x) for x in (*command, *arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    command = [str(x) for x in (*command, *arguments)]
+    output = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop it
+    process = subprocess.Popen(
+        command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
+    process.output = output
+    return process
 
 
-def finish(process):
+def finish(process, code=0):
     """Wait for the end; return what was printed."""
-    output, _ = process.communicate()
-    assert process.returncode == 0, output[-4000:]
+    process.wait()
+    with process.output as file:
+        file.seek(0)
+        output = file.read()
+    assert process.returncode == code, output[-4000:]
     return output
 
 
@@ -68,8 +71,8 @@ def kill_after(process, seconds):
         os.killpg(process.pid, signal.SIGKILL)
         return True
     finally:
-        process.stdout.close()
         process.wait()
+        process.output.close()
 
 
 @pytest.mark.parametrize(
@@ -122,8 +125,7 @@ def test_a_signal_saves_the_step_under_way(coco_dataset, tmp_path, options, numb
     process = start(arguments_for(coco_dataset, tmp_path, *options, iterations=100000, overrides=overrides))
     wait_for_log(tmp_path, "iter: 19 ")
     os.kill(process.pid, number)
-    output, _ = process.communicate()
-    assert process.returncode == 128 + number, output[-4000:]
+    output = finish(process, code=128 + number)
     (checkpoint,) = tmp_path.glob("model_*.pth")
     assert torch.load(checkpoint, weights_only=True)["trainer"]["iteration"] >= 19
     (line,) = [line for line in output.splitlines() if line.startswith("Resume with:")]
