@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
-from mnc_d2.checkpoint import MNCCheckpointer
+from mnc_d2.checkpoint import CompleteCheckpointer
 from mnc_d2.data import num_classes_from_datasets, prepare_dataset, register_coco_dataset
 from mnc_d2.engine import (
     MNCTrainer,
@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate a checkpoint; return the results, empty in all processes but the main one."""
     model = MNCTrainer.build_model(cfg)
-    MNCCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    CompleteCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = MNCTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import time
 import weakref
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import MNCCheckpointer
+from .checkpoint import DescribeModel, MNCCheckpointer
 from .data import MNCDatasetMapper
 from .evaluation import build_evaluator
+from .hooks import KeepBest, RecordFinalMetrics, StopEarly, TrainingEnds
 from .layers import HALF_PRECISIONS
 from .modeling import CausalGradients
 
@@ -61,19 +62,38 @@ class MNCTrainer(DefaultTrainer):
             model, data_loader, optimizer, num_batches=cfg.SOLVER.ACCUMULATE, precision=autocast_dtype(cfg)
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = MNCCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = MNCCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), description=DescribeModel(cfg)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Build Detectron2's hooks and that for the clipping of gradients under a loss scale."""
-        return [ScaleGradientClip(self._trainer.grad_scaler, self.model), *super().build_hooks()]
+        """Build Detectron2's hooks, that for the clipping of gradients under a loss scale, and those that watch."""
+        return [
+            ScaleGradientClip(self._trainer.grad_scaler, self.model),
+            *super().build_hooks(),
+            *self._build_watching_hooks(),
+        ]
+
+    def _build_watching_hooks(self) -> list[HookBase]:
+        """Build the hooks that follow an evaluation: they are behind it."""
+        period, metric, patience = self.cfg.TEST.EVAL_PERIOD, self.cfg.TEST.BEST_METRIC, self.cfg.SOLVER.PATIENCE
+        hooks = []
+        if comm.is_main_process():
+            hooks.append(RecordFinalMetrics())
+            if period > 0 and metric:
+                hooks.append(KeepBest(period, self.checkpointer, metric))
+        if period > 0 and patience > 0:
+            hooks.append(StopEarly(period, patience, metric))
+        return hooks
 
     def train(self) -> dict:
-        """Train; return the results of the evaluation at the end."""
-        super().train()
+        """Train; return the results of the last evaluation."""
+        with contextlib.suppress(TrainingEnds):
+            super().train()
         return getattr(self, "_last_eval_results", {})
 
     @classmethod
@@ -150,7 +170,7 @@ class AccumulatingTrainer(SimpleTrainer):
             start = time.perf_counter()
             data = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
-            with self._no_sync() if index + 1 < self.num_batches else nullcontext():
+            with self._no_sync() if index + 1 < self.num_batches else contextlib.nullcontext():
                 with torch.autocast(self.device_type, dtype=self.precision, enabled=self.precision is not None):
                     losses = self.model(data)
                 self.grad_scaler.scale(sum(losses.values())).backward()
@@ -164,7 +184,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
     def _no_sync(self):
         """Return a context in which gradients stay in this process: it is enough to average the sums of all batches."""
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
 
     def _average_gradients(self) -> None:
         # The sum of the gradients is divided, not each loss: clipping within the backward pass (of the causal
@@ -229,6 +249,8 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     """
     if cfg.SOLVER.ACCUMULATE < 1:
         raise ValueError(f"SOLVER.ACCUMULATE must be at least 1, got {cfg.SOLVER.ACCUMULATE}.")
+    if cfg.SOLVER.PATIENCE > 0 and not (cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC):
+        raise ValueError("SOLVER.PATIENCE counts evaluations: it needs TEST.EVAL_PERIOD and TEST.BEST_METRIC.")
     names = ["auto", *HALF_PRECISIONS]
     if cfg.SOLVER.AMP.PRECISION not in names:
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of {names}, got {cfg.SOLVER.AMP.PRECISION!r}.")
