@@ -21,7 +21,6 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from tabulate import tabulate
 
 from mnc_d2.checkpoint import CompleteCheckpointer
 from mnc_d2.data import num_classes_from_datasets, prepare_dataset, register_coco_dataset
@@ -34,6 +33,7 @@ from mnc_d2.engine import (
     started_by_torchrun,
 )
 from mnc_d2.evaluation import evaluation_protocol
+from mnc_d2.evaluation.summary import summarize
 from mnc_d2.model_zoo import get_config_file, load_config
 
 EPILOG = """
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         results, weights = train(cfg, args.resume), os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if comm.is_main_process():
-        print_summary(cfg, results, weights)
+        print(summarize(cfg, results, weights))
     leave_process_group()
 
 
@@ -145,22 +145,6 @@ def train(cfg: CfgNode, resume: bool) -> dict:
     trainer = MNCTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer.train()
-
-
-def print_summary(cfg: CfgNode, results: dict, weights: str) -> None:
-    """Print the AP or mAP^r of each task, and where the pictures, the log and the checkpoint are."""
-    per_dataset = results if len(cfg.DATASETS.TEST) > 1 else {name: results for name in cfg.DATASETS.TEST}
-    scores = {(name, task): x for name, tasks in per_dataset.items() for task, x in (tasks or {}).items()}
-    # Of mAP^r what all classes have in common, in the paper's interpolation.
-    regions = [key for x in scores.values() for key in x if key.startswith(("mAPr@", "mAPr_vol")) and "-" not in key]
-    columns = ["AP", "AP50", "AP75", *dict.fromkeys(regions)]
-    rows = [[*names, *(x.get(column) for column in columns)] for names, x in scores.items()]
-    print(tabulate(rows, headers=["dataset", "task", *columns], floatfmt=".1f"))
-    if cfg.TEST.NUM_PICTURES > 0:
-        for name in cfg.DATASETS.TEST:
-            print("pictures:  ", os.path.join(cfg.OUTPUT_DIR, "inference", name, "pictures"))
-    print("log:       ", os.path.join(cfg.OUTPUT_DIR, "log.txt"))
-    print("checkpoint:", weights)
 
 
 if __name__ == "__main__":

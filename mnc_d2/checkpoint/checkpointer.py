@@ -72,8 +72,8 @@ class MNCCheckpointer(DetectionCheckpointer):
         super()._log_incompatible_keys(incompatible)
         keys = list(self.model.state_dict())
         missing = set(incompatible.missing_keys)
-        total = Counter(_module_of(key) for key in keys)
-        loaded = Counter(_module_of(key) for key in keys if key not in missing)
+        total = Counter(module_of(key) for key in keys)
+        loaded = Counter(module_of(key) for key in keys if key not in missing)
         message = f"Loaded {len(keys) - len(missing)} of the model's {len(keys)} tensors; "
         message += f"{len(incompatible.unexpected_keys)} of the checkpoint's are not used."
         if missing:
@@ -98,7 +98,7 @@ class _AtomicWrites:
         return getattr(self._path_manager, name)
 
 
-def _module_of(key: str) -> str:
+def module_of(key: str) -> str:
     """Return the part of the model that a parameter belongs to: "backbone", "roi_heads.mask_head", ..."""
     parts = key.split(".")[:-1]
     return ".".join(parts[: 2 if parts[:1] == ["roi_heads"] else 1]) or key
