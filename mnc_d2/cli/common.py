@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import glob
 import io
+import json
 import logging
 import os
 import re
@@ -13,16 +14,18 @@ import sys
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..data import register_coco_dataset
 from ..data.coco import read_coco_file
+from ..files import open_atomically
 
 # Where the annotations of a split lie in a folder, by the habits of COCO and of those who export its format.
 _PLACES = ("{}.json", "annotations/{}.json", "annotations/instances_{}*.json", "{}/_annotations.coco.json")
+_DATASETS_FILE = "datasets.json"
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "test")}
 
 
@@ -111,6 +114,25 @@ def _find_images(file: str) -> str:
     raise FileNotFoundError(f"{file}: the images, such as {name}, are in none of {', '.join(folders)}. Add --images.")
 
 
+def record_datasets(cfg: CfgNode) -> None:
+    """Write into OUTPUT_DIR where the datasets of a run are, for :func:`register_recorded`."""
+    sources = {name: MetadataCatalog.get(name).get("coco_source") for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    with open_atomically(os.path.join(cfg.OUTPUT_DIR, _DATASETS_FILE), "w", encoding="utf-8") as file:
+        json.dump({name: source for name, source in sources.items() if source}, file, indent=1)
+
+
+def register_recorded(folder: str) -> None:
+    """Register the datasets of a run as far as they are where they were."""
+    path = os.path.join(folder, _DATASETS_FILE)
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        sources = json.load(file)
+    for name, (json_file, images) in sources.items():
+        if os.path.isfile(json_file):
+            register_coco_dataset(name, json_file, images)
+
+
 def set_up_log(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Run Detectron2's ``default_setup``, with the long log in OUTPUT_DIR only and warnings on the terminal."""
     # It gives its loggers the standard output, and writes pages there.
@@ -118,6 +140,8 @@ def set_up_log(cfg: CfgNode, args: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(terminal):
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mnc_d2")
+    if comm.is_main_process():
+        record_datasets(cfg)
     for name in ("fvcore", "detectron2", "mnc_d2"):
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is terminal:

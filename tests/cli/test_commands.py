@@ -1,6 +1,8 @@
 """The command mnc: its help, training and evaluation end to end, what it says of models and data."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -72,6 +74,36 @@ def test_evaluation_needs_the_model_and_the_data_only(trained, coco_dataset, cap
     assert float(task[2]) == pytest.approx(expected, abs=0.051)  # one digit after the point
     (dataset,) = (folder / "eval" / "inference").iterdir()
     assert (dataset / "coco_instances_results.json").exists() and len(list((dataset / "pictures").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("clean_catalogs")
+def test_a_report_is_one_page_about_the_run(trained, capsys):
+    folder, _ = trained
+    main(["report", str(folder)])
+    assert str(folder / "report.html") in capsys.readouterr().out
+    page = (folder / "report.html").read_text()
+    for text in (
+        "square",
+        "Learning curves",
+        "Worst images",
+        "pass 2, stages 4 and 5",
+        "after mask voting",
+        "MAX_ITER: 4",
+    ):
+        assert text in page, text
+    # Nothing is loaded from elsewhere: pictures are in the page.
+    assert set(re.findall(r'src="([a-z]+):', page)) == {"data"} and "href" not in page
+    assert len(re.findall(r'src="data:image/jpeg', page)) >= 2 * 2 + 2 * 3
+
+
+@pytest.mark.usefixtures("clean_catalogs")
+def test_a_report_needs_a_run_with_predictions(tmp_path, trained):
+    with pytest.raises(SystemExit, match="mnc report: .* is not the folder of a run"):
+        main(["report", str(tmp_path)])
+    for name in ("config.yaml", "model_final.pth"):
+        shutil.copy(trained[0] / name, tmp_path)
+    with pytest.raises(SystemExit, match="has no predictions. Evaluate the model first"):
+        main(["report", str(tmp_path)])
 
 
 @pytest.mark.usefixtures("clean_catalogs")
