@@ -27,6 +27,8 @@ class MNCPredictor(DefaultPredictor):
         cfg: the config of the model.
         model: the model, in eval mode.
         metadata: names and colours of the classes, for Detectron2's visualizers.
+        input_format: of the images that it takes, "BGR". ``DefaultPredictor`` has the model's here, which clients that
+            convert images by it (sahi) give RGB to: colours that the model then takes for others.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -45,7 +47,7 @@ class MNCPredictor(DefaultPredictor):
         self.model = build_model(self.cfg).eval()
         CompleteCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
         self.aug = build_test_resize(cfg)
-        self.input_format = cfg.INPUT.FORMAT
+        self.input_format = "BGR"
         if cfg.DATASETS.TEST:
             self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
 
@@ -61,7 +63,7 @@ class MNCPredictor(DefaultPredictor):
 
     def _to_input(self, image: np.ndarray) -> dict:
         height, width = image.shape[:2]
-        if self.input_format == "RGB":
+        if self.cfg.INPUT.FORMAT == "RGB":
             image = image[:, :, ::-1]
         resized = self.aug.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1)).to(self.cfg.MODEL.DEVICE)
