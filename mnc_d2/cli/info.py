@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.analysis import FlopCountAnalysis
+from fvcore.nn.jit_handles import matmul_flop_jit
 from tabulate import tabulate
 
 from ..checkpoint import ModelDescription
@@ -77,6 +78,8 @@ def count_flops(model: torch.nn.Module, height: int, width: int) -> str:
     image = 255 * torch.rand(3, height, width, generator=generator)
     try:
         flops = FlopCountAnalysis(model, [{"image": image}])
+        # fvcore does not expect the third input of torch.mm(a, b, out=c).
+        flops.set_op_handle("aten::mm", lambda inputs, outputs: matmul_flop_jit(inputs[:2], outputs))
         flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         total = flops.total()
     except Exception as error:  # tracing raises whatever the model does
