@@ -114,8 +114,9 @@ class RecordFinalMetrics(HookBase):
     """
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
-            file = os.path.join(self.trainer.cfg.OUTPUT_DIR, "model_final.pth")
+        file = os.path.join(self.trainer.cfg.OUTPUT_DIR, "model_final.pth")
+        # It is missing where a resumed training had no iterations left.
+        if self.trainer.iter >= self.trainer.max_iter and os.path.isfile(file):
             record_metrics(file, self.trainer.checkpointer.checkpointables["description"].state_dict()["metrics"])
 
 

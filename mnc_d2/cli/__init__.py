@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import data, evaluate, info, predict, report, train
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: those of the command line; None for ``sys.argv``.
     """
     args = build_parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="torch")  # addressed to those who write models
     try:
         args.run(args)
     except (OSError, ValueError) as error:
