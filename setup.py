@@ -16,7 +16,27 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mnc_d2", "mnc_d2.*"]) + list(CONFIG_PACKAGES),
     package_dir=CONFIG_PACKAGES,
-    package_data={package: ["*.yaml"] for package in CONFIG_PACKAGES},
+    package_data={
+        **{package: ["*.yaml"] for package in CONFIG_PACKAGES},
+        "mnc_d2": ["py.typed"],
+        "mnc_d2.report": ["templates/*.html"],
+    },
+    entry_points={"console_scripts": ["mnc = mnc_d2.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    project_urls={
+        "Paper": "https://arxiv.org/abs/1512.04412",
+        "Detectron2": "https://github.com/facebookresearch/detectron2",
+    },
     python_requires=">=3.9",
     # Detectron2 itself is not on the package index under its own name: see "Which Detectron2" in the README.
     install_requires=[
@@ -28,6 +48,11 @@ setup(
         "pycocotools>=2.0.6",
         "pyyaml",
         "scipy>=1.8",
+        # Detectron2's visualizer; the report.
+        "matplotlib>=3.6",
+        "jinja2>=3",
+        # cv2. A system that has opencv-python has the same module from there: install with --no-deps.
+        "opencv-python-headless>=4.5",
         "tqdm",
         "tabulate",
     ],

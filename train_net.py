@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from contextlib import ExitStack
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -23,7 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.nn import Identity
 
-from mnc_d2.checkpoint import MNCCheckpointer
+from mnc_d2.checkpoint import CompleteCheckpointer, MNCCheckpointer
 from mnc_d2.config import check_config
 from mnc_d2.data import check_mask_proposals, num_classes_from_datasets, prepare_dataset, register_coco_dataset
 from mnc_d2.engine import (
@@ -34,12 +33,11 @@ from mnc_d2.engine import (
     check_solver,
     count_processes,
     leave_process_group,
-    lock_folder,
     one_sentence,
     run_processes,
-    say_how_to_resume,
+    train,
 )
-from mnc_d2.evaluation import evaluation_protocol, print_summary
+from mnc_d2.evaluation import evaluation_protocol, summarize
 from mnc_d2.model_zoo import get_config_file, load_config
 
 
@@ -104,7 +102,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         results, weights = train(cfg, args.resume), os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if comm.is_main_process():
-        print_summary(cfg, results, weights)
+        print(summarize(cfg, results, weights))
     leave_process_group()
 
 
@@ -112,24 +110,11 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate a checkpoint; return the results, empty in all processes but the main one."""
     model = MNCTrainer.build_model(cfg)
     with one_sentence(ValueError, OSError):
-        MNCCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        CompleteCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = MNCTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
-
-
-def train(cfg: CfgNode, resume: bool) -> dict:
-    """Train, from the last checkpoint if ``resume``; return the results of the evaluation at the end, as above."""
-    with ExitStack() as stack:
-        with one_sentence(ValueError, OSError):
-            if comm.is_main_process():
-                stack.enter_context(lock_folder(cfg.OUTPUT_DIR))
-        trainer = MNCTrainer(cfg)
-        with one_sentence(ValueError, OSError):
-            trainer.resume_or_load(resume=resume)
-        with one_sentence(FloatingPointError, OSError), say_how_to_resume():
-            return trainer.train()
 
 
 if __name__ == "__main__":

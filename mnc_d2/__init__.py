@@ -12,8 +12,10 @@ if importlib.util.find_spec("detectron2") is None:
         "`pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'`."
     )
 
+__version__ = "0.1.0"  # which what follows imports
+
 from . import checkpoint, data, modeling  # noqa: E402, F401  (imported for their registrations)
 from .config import add_mnc_config  # noqa: E402
+from .predictor import load_predictor  # noqa: E402
 
-__version__ = "0.1.0"
-__all__ = ["add_mnc_config"]
+__all__ = ["add_mnc_config", "load_predictor"]

@@ -198,6 +198,13 @@ def add_mnc_config(cfg: CN) -> None:
     # Periodic checkpoints to keep, the newest; 0 for all.
     cfg.SOLVER.MAX_CHECKPOINTS = 0
 
+    # With TEST.EVAL_PERIOD: the metric, such as "segm/AP", of the evaluation whose weights are kept as model_best.pth;
+    # "auto" for the AP of masks or, without these, of boxes; "" for none.
+    cfg.TEST.BEST_METRIC = "auto"
+
+    # With TEST.EVAL_PERIOD: evaluations without a better TEST.BEST_METRIC after which the training ends; 0 for never.
+    cfg.SOLVER.PATIENCE = 0
+
     # "SGD" (the paper) or "ADAMW", which learns faster from random initialisation.
     cfg.SOLVER.OPTIMIZER = "SGD"
 

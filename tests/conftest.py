@@ -30,30 +30,31 @@ def clean_catalogs():
             catalog.remove(name)
 
 
-@pytest.fixture
+def shrink(name="quickstart/mnc_R_18_FPN.yaml", **overrides):
+    """Return a quickstart config shrunk to what tests can afford, not frozen."""
+    cfg = get_config(name)
+    cfg.merge_from_list(
+        [
+            *("MODEL.DEVICE", "cpu"),
+            *("MODEL.FPN.OUT_CHANNELS", 32),
+            *("MODEL.ROI_BOX_HEAD.FC_DIM", 32),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES)),
+            *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16),
+            *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),
+            *("MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+            *("INPUT.MIN_SIZE_TEST", 64),
+            *("TEST.AUG.MIN_SIZES", (64, 96)),
+            *("VIS_PERIOD", 0),
+            *(item for pair in overrides.items() for item in pair),
+        ]
+    )
+    return cfg
+
+
+@pytest.fixture(scope="session")
 def small_config():
-    """A function that returns a quickstart config shrunk to what tests can afford, not frozen."""
-
-    def make(name="quickstart/mnc_R_18_FPN.yaml", **overrides):
-        cfg = get_config(name)
-        cfg.merge_from_list(
-            [
-                *("MODEL.DEVICE", "cpu"),
-                *("MODEL.FPN.OUT_CHANNELS", 32),
-                *("MODEL.ROI_BOX_HEAD.FC_DIM", 32),
-                *("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES)),
-                *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16),
-                *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),
-                *("MODEL.RPN.POST_NMS_TOPK_TEST", 20),
-                *("INPUT.MIN_SIZE_TEST", 64),
-                *("TEST.AUG.MIN_SIZES", (64, 96)),
-                *("VIS_PERIOD", 0),
-                *(item for pair in overrides.items() for item in pair),
-            ]
-        )
-        return cfg
-
-    return make
+    """The function :func:`shrink`."""
+    return shrink
 
 
 def draw_instances(size, instances):

@@ -204,6 +204,7 @@ def test_every_parameter_has_a_gradient_without_any_instance(trainer):
         ("SOLVER.ACCUMULATE", 0, "SOLVER.ACCUMULATE must be at least 1, got 0"),
         ("SOLVER.AMP.PRECISION", "float8", "SOLVER.AMP.PRECISION must be one of .*'float8'"),
         ("SOLVER.IMS_PER_BATCH", 3, "SOLVER.IMS_PER_BATCH is 3, for 2 processes"),
+        ("SOLVER.PATIENCE", 3, "SOLVER.PATIENCE counts evaluations: it needs TEST.EVAL_PERIOD"),
     ],
 )
 def test_wrong_key_of_the_solver_is_named(key, value, message):

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from mnc_d2.data import VOC_SETS, register_voc_set
-from mnc_d2.evaluation import print_summary
+from mnc_d2.evaluation import summarize
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "train_net.py"
@@ -405,7 +405,7 @@ def test_summary_has_a_row_for_each_task_of_each_dataset(small_config, capsys, n
     cfg = small_config(**{"DATASETS.TEST": names, "OUTPUT_DIR": "somewhere"})
     scores = {"bbox": {"AP": 12.34, "AP50": 50.0, "AP75": math.nan}, "segm": {"AP": 1.0, "AP50": 2.0, "AP75": 3.0}}
     # As Detectron2's trainer returns them: by dataset only if there are several.
-    print_summary(cfg, scores if len(names) == 1 else dict.fromkeys(names, scores), "model.pth")
+    print(summarize(cfg, scores if len(names) == 1 else dict.fromkeys(names, scores), "model.pth"))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     for name in names:
         assert [name, "bbox", "12.3", "50.0", "nan"] in rows
@@ -417,7 +417,7 @@ def test_summary_has_a_column_for_each_kind_of_metric(small_config, capsys):
     cfg = small_config(**{"DATASETS.TEST": ("a", "b"), "OUTPUT_DIR": "somewhere"})
     boxes = {"AP": 30.0, "AP50": 50.0, "AP75": 40.0, "AP50-cat": 1.0}
     regions = {"mAPr@50": 63.5, "mAPr@70": 41.5, "mAPr_vol": 0.25, "mAPr_area@50": 1.0, "mAPr@50-cat": 2.0}
-    print_summary(cfg, {"a": {"sds": regions, "bbox": boxes}, "b": {"segm": boxes}}, "model.pth")
+    print(summarize(cfg, {"a": {"sds": regions, "bbox": boxes}, "b": {"segm": boxes}}, "model.pth"))
     header, _, sds, bbox, segm, *_ = capsys.readouterr().out.splitlines()
     assert header.split() == ["dataset", "task", "AP", "AP50", "AP75", "mAPr@50", "mAPr@70", "mAPr_vol"]
     assert sds.split() == ["a", "sds", "63.5", "41.5", "0.2"]

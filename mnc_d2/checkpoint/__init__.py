@@ -1,4 +1,13 @@
 from .catalog import TorchvisionHandler
 from .checkpointer import MNCCheckpointer
+from .description import CompleteCheckpointer, DescribeModel, ModelDescription, read_description, record_metrics
 
-__all__ = ["MNCCheckpointer", "TorchvisionHandler"]
+__all__ = [
+    "CompleteCheckpointer",
+    "DescribeModel",
+    "MNCCheckpointer",
+    "ModelDescription",
+    "TorchvisionHandler",
+    "read_description",
+    "record_metrics",
+]

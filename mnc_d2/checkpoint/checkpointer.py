@@ -8,7 +8,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from tabulate import tabulate
 
 from ..files import open_atomically
+from ..messages import first_few
 from .conversion import convert_torchvision_vgg16, copy_to_all, rename_heads_of_passes
 
 
@@ -54,7 +55,7 @@ class MNCCheckpointer(DetectionCheckpointer):
             broken = _not_finite(self.model.state_dict())
             if broken:
                 raise FloatingPointError(
-                    f"The model has weights that are not finite ({_first(broken)}): {name}.pth is not written."
+                    f"The model has weights that are not finite ({first_few(broken, 3)}): {name}.pth is not written."
                 )
         try:
             super().save(name, **kwargs)
@@ -198,12 +199,13 @@ class MNCCheckpointer(DetectionCheckpointer):
         ]
         if self._resuming and shapes:
             raise ValueError(
-                f"The checkpoint {self._source} is of another model: {_first(shapes, '; ')}. "
+                f"The checkpoint {self._source} is of another model: {first_few(shapes, 3, '; ')}. "
                 "Resume with the config that the training was started with."
             )
         if self._resuming and incompatible.missing_keys:
             raise ValueError(
-                f"The checkpoint {self._source} is of another model: it lacks {_first(incompatible.missing_keys)}. "
+                f"The checkpoint {self._source} is of another model: it lacks "
+                f"{first_few(incompatible.missing_keys, 3)}. "
                 "Resume with the config that the training was started with."
             )
         # Shapes that do not fit are those of other classes, mostly, from which a training may well start.
@@ -211,15 +213,15 @@ class MNCCheckpointer(DetectionCheckpointer):
             raise ValueError(f"The checkpoint {self._source} has nothing for this model: no name of a tensor agrees.")
         broken = _not_finite(state)
         if broken:
-            raise ValueError(f"The checkpoint {self._source} has weights that are not finite: {_first(broken)}.")
+            raise ValueError(f"The checkpoint {self._source} has weights that are not finite: {first_few(broken, 3)}.")
 
     def _log_incompatible_keys(self, incompatible) -> None:
         """Log Detectron2's messages, then how much of each module was loaded."""
         super()._log_incompatible_keys(incompatible)
         keys = list(self.model.state_dict())
         missing = set(incompatible.missing_keys)
-        total = Counter(_module_of(key) for key in keys)
-        loaded = Counter(_module_of(key) for key in keys if key not in missing)
+        total = Counter(module_of(key) for key in keys)
+        loaded = Counter(module_of(key) for key in keys if key not in missing)
         message = f"Loaded {len(keys) - len(missing)} of the model's {len(keys)} tensors; "
         message += f"{len(incompatible.unexpected_keys)} of the checkpoint's are not used."
         if missing:
@@ -243,7 +245,7 @@ class _AtomicWrites:
         return getattr(self._path_manager, name)
 
 
-def _module_of(key: str) -> str:
+def module_of(key: str) -> str:
     """Return the part that a parameter belongs to: "backbone", "roi_heads.box_head", "roi_heads.passes.0.mask_head"."""
     match = re.match(r"(roi_heads\.passes\.\d+\.(?:classifier\.)?\w+|roi_heads\.\w+|\w+)\.", key)
     return match[1] if match else key
@@ -293,8 +295,3 @@ def _find_problem(path: str) -> str | None:
 def _not_finite(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
     """Return the names of tensors with elements that are not finite."""
     return [name for name, x in state_dict.items() if not torch.isfinite(x).all()]
-
-
-def _first(names: Sequence[str], separator: str = ", ") -> str:
-    """Name the first three."""
-    return separator.join(names[:3]) + (f"{separator}... ({len(names)} in all)" if len(names) > 3 else "")

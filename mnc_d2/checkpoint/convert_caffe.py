@@ -2,7 +2,8 @@
 
     python -m mnc_d2.checkpoint.convert_caffe mnc_model.caffemodel.h5 mnc_model.pth
 
-The result is for configs/PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml.
+The result is for configs/PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml, and says so: see
+``mnc_d2.load_predictor``.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
 from ..files import open_atomically
+from ..model_zoo import get_config
 from .caffe_model import read_caffe_model
+from .description import DESCRIPTION_KEY, ModelDescription
+
+CONFIG = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml"
 
 # Where the parameters of each layer belong, and the shape of its weight. A bias has one element per row of it.
 _HEADS = "roi_heads.passes.0"
@@ -139,7 +145,7 @@ def convert_file(source: str, target: str, expected: Mapping[str, tuple[str, tup
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     with open_atomically(target) as file:
-        torch.save({"model": state}, file)
+        torch.save({"model": state, DESCRIPTION_KEY: asdict(ModelDescription.of_config(get_config(CONFIG)))}, file)
     return unused
 
 

@@ -12,6 +12,7 @@ from .launch import (
     say_how_to_resume,
     started_by_torchrun,
 )
+from .run import train
 from .step import AccumulatingTrainer, ScaleGradientClip, autocast_dtype, check_solver
 from .trainer import MNCTrainer
 
@@ -32,4 +33,5 @@ __all__ = [
     "run_processes",
     "say_how_to_resume",
     "started_by_torchrun",
+    "train",
 ]

@@ -124,14 +124,18 @@ def one_sentence(*errors: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def say_how_to_resume() -> Iterator[None]:
-    """Print a command, in the main process, where a signal ends the training."""
+def say_how_to_resume(command_words: int = 1) -> Iterator[None]:
+    """Print a command, in the main process, where a signal ends the training.
+
+    Args:
+        command_words: words of the command line before its options.
+    """
     try:
         yield
     except SystemExit:
         if comm.is_main_process():
-            options = [x for x in sys.argv[1:] if x != "--resume"]
-            print("Resume with:", shlex.join([sys.argv[0], "--resume", *options]), flush=True)
+            options = [x for x in sys.argv[command_words:] if x != "--resume"]
+            print("Resume with:", shlex.join([*sys.argv[:command_words], "--resume", *options]), flush=True)
         leave_process_group(wait=False)
         raise
 

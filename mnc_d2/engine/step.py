@@ -135,6 +135,8 @@ def check_solver(cfg: CfgNode, num_processes: int) -> None:
     """
     if cfg.SOLVER.ACCUMULATE < 1:
         raise ValueError(f"SOLVER.ACCUMULATE must be at least 1, got {cfg.SOLVER.ACCUMULATE}.")
+    if cfg.SOLVER.PATIENCE > 0 and not (cfg.TEST.EVAL_PERIOD > 0 and cfg.TEST.BEST_METRIC):
+        raise ValueError("SOLVER.PATIENCE counts evaluations: it needs TEST.EVAL_PERIOD and TEST.BEST_METRIC.")
     names = ["auto", *HALF_PRECISIONS]
     if cfg.SOLVER.AMP.PRECISION not in names:
         raise ValueError(f"SOLVER.AMP.PRECISION must be one of {names}, got {cfg.SOLVER.AMP.PRECISION!r}.")

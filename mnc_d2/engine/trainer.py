@@ -8,7 +8,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from detectron2.config import CfgNode
@@ -21,13 +21,14 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 
-from ..checkpoint import MNCCheckpointer
+from ..checkpoint import DescribeModel, MNCCheckpointer
 from ..data import MNCDatasetMapper
 from ..data.train_loader import TrainLoader, build_train_loader
 from ..evaluation import build_evaluator
 from ..randomness import STEP, seed_all
 from .hooks import CheckpointHook, MetricsFile, put_scalars, scalars_of
 from .step import AccumulatingTrainer, ScaleGradientClip, autocast_dtype, check_solver
+from .watching import KeepBest, RecordFinalMetrics, StopEarly, TrainingEnds
 
 
 class MNCTrainer(DefaultTrainer):
@@ -68,7 +69,9 @@ class MNCTrainer(DefaultTrainer):
             model, data_loader, optimizer, num_batches=cfg.SOLVER.ACCUMULATE, precision=autocast_dtype(cfg)
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = MNCCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = MNCCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), description=DescribeModel(cfg)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self._metrics_file: MetricsFile | None = None
@@ -76,14 +79,26 @@ class MNCTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Build Detectron2's hooks, with this project's checkpoints, and that for the limits under a loss scale."""
+        """Build Detectron2's hooks, with this project's checkpoints, those that watch, and that for a loss scale."""
         built = [x for x in super().build_hooks() if not isinstance(x, hooks.PeriodicCheckpointer)]
         solver = self.cfg.SOLVER
         self._checkpoints = CheckpointHook(self.checkpointer, solver.CHECKPOINT_PERIOD, keep=solver.MAX_CHECKPOINTS)
         # Where Detectron2's are: a failing evaluation finds the model saved.
         before_evaluation = [isinstance(x, hooks.EvalHook) for x in built].index(True)
         built.insert(before_evaluation, self._checkpoints)
-        return [ScaleGradientClip(self._trainer.grad_scaler, self.model), *built]
+        return [ScaleGradientClip(self._trainer.grad_scaler, self.model), *built, *self._build_watching_hooks()]
+
+    def _build_watching_hooks(self) -> list[HookBase]:
+        """Build the hooks that follow an evaluation: they are behind it."""
+        period, metric, patience = self.cfg.TEST.EVAL_PERIOD, self.cfg.TEST.BEST_METRIC, self.cfg.SOLVER.PATIENCE
+        watching = []
+        if comm.is_main_process():
+            watching.append(RecordFinalMetrics())
+            if period > 0 and metric:
+                watching.append(KeepBest(period, self.checkpointer, metric))
+        if period > 0 and patience > 0:
+            watching.append(StopEarly(period, patience, metric))
+        return watching
 
     def build_writers(self) -> list[EventWriter]:
         """Build Detectron2's writers."""
@@ -99,10 +114,11 @@ class MNCTrainer(DefaultTrainer):
             self._metrics_file.load_state_dict({"size": 0, "last_write": -1})
 
     def train(self) -> dict:
-        """Train; return the results of the evaluation at the end."""
+        """Train; return the results of the last evaluation."""
         self._exception_before = sys.exc_info()[1]
         try:
-            super().train()
+            with suppress(TrainingEnds):
+                super().train()
         finally:
             self._checkpoints.restore_handlers()
         return getattr(self, "_last_eval_results", {})

@@ -3,7 +3,7 @@ from .build import build_evaluator, evaluation_protocol
 from .coco import FasterCOCOEvaluator
 from .pictures import PredictionPictures
 from .sds import SDSEvaluator
-from .summary import print_summary
+from .summary import summarize
 
 __all__ = [
     "BoxLevelEvaluator",
@@ -12,5 +12,5 @@ __all__ = [
     "SDSEvaluator",
     "build_evaluator",
     "evaluation_protocol",
-    "print_summary",
+    "summarize",
 ]

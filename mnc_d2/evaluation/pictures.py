@@ -8,13 +8,11 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Instances
-from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 
 from ..data.images import read_image
 from ..files import open_atomically
-
-_PANEL_WIDTH = 640  # pixels, at least
+from ..visualizer import draw_predictions, draw_record
 
 
 class PredictionPictures(DatasetEvaluator):
@@ -45,19 +43,13 @@ class PredictionPictures(DatasetEvaluator):
 
     def _write(self, record: dict, predictions: Instances) -> None:
         image = read_image(record["file_name"])
-        truth = self._visualizer(image).draw_dataset_dict(record)
         shown = predictions[predictions.scores >= self._score_threshold]
-        predicted = self._visualizer(image).draw_instance_predictions(shown)
-        picture = np.concatenate((truth.get_image(), predicted.get_image()), axis=1)
+        panels = (draw_record(image, record, self._metadata), draw_predictions(image, shown, self._metadata))
+        picture = np.concatenate(panels, axis=1)
         name = os.path.splitext(os.path.basename(record["file_name"]))[0] + ".png"
         path = os.path.join(self._output_dir, name)
         with open_atomically(path) as file:
             Image.fromarray(picture).save(file, format="PNG")
-
-    def _visualizer(self, image: np.ndarray) -> Visualizer:
-        # Small images are enlarged, so that labels do not hide them.
-        scale = max(1.0, _PANEL_WIDTH / image.shape[1])
-        return Visualizer(image, self._metadata, scale=scale, instance_mode=ColorMode.IMAGE)
 
     def evaluate(self) -> dict:
         return {}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_mnc_config
 
-__all__ = ["get_config", "get_config_file", "load_config"]
+__all__ = ["get_config", "get_config_file", "load_config", "merge_overrides", "parse_config"]
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the configs beside this file; a clone has them at its top.
@@ -57,14 +58,45 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     add_mnc_config(cfg)
     if name_or_file:
         file = get_config_file(name_or_file)
-        try:
+        with _named_errors(file):
             cfg.merge_from_file(file, allow_unsafe=False)
-        except OSError:
-            raise
-        except Exception as error:  # yacs and yaml raise all kinds: a failed assertion, KeyError, YAMLError, ...
-            raise ValueError(f"{file}: {error}") from error
-    try:
-        cfg.merge_from_list(list(overrides))
-    except Exception as error:  # as above
-        raise ValueError(f"KEY VALUE overrides: {error}") from error
+    merge_overrides(cfg, overrides)
     return cfg
+
+
+def parse_config(text: str, source: str) -> CfgNode:
+    """Return the config that ``cfg.dump()`` made a text of, not frozen; keys that it lacks have their defaults.
+
+    Args:
+        text: YAML without ``_BASE_``.
+        source: what messages call it.
+
+    Raises:
+        ValueError: the text is no such config; the message says where.
+    """
+    cfg = get_cfg()
+    add_mnc_config(cfg)
+    with _named_errors(source):
+        cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
+    return cfg
+
+
+def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
+    """Set KEY VALUE pairs in a config, in place.
+
+    Raises:
+        ValueError: a key or value is wrong; the message says which.
+    """
+    with _named_errors("KEY VALUE overrides"):
+        cfg.merge_from_list(list(overrides))
+
+
+@contextlib.contextmanager
+def _named_errors(source: str) -> Iterator[None]:
+    """Turn what yacs and yaml raise (AssertionError, KeyError, YAMLError, ...) into a ValueError with the source."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{source}: {error}") from error

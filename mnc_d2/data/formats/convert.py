@@ -138,7 +138,7 @@ def _build_dataset(source: Path, images: list[LabelledImage], classes: list[str]
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "iscrowd": 0, **annotation})
             annotations[-1].update(_measure(annotation, image.size))
     return {
-        "info": {"description": f"converted from {source.name}", "written_by": WRITTEN_BY},
+        "info": {"description": f"converted from {source.name}", "written_by": WRITTEN_BY, "image_root": root},
         "images": records,
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],

@@ -93,7 +93,12 @@ def describe_dataset(json_file: str | os.PathLike, image_root: str | os.PathLike
 
 
 def split_dataset(
-    json_file: str | os.PathLike, output_dir: str | os.PathLike, *, val_fraction: float = 0.2, seed: int = 0
+    json_file: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    image_root: str | os.PathLike | None = None,
 ) -> tuple[str, str]:
     """Divide a dataset in COCO format into train.json and val.json.
 
@@ -104,6 +109,7 @@ def split_dataset(
         output_dir: where the two files go, over those of an earlier division; made if need be.
         val_fraction: share of the images for validation, between 0 and 1. Each part gets at least one.
         seed: of the drawing.
+        image_root: folder of the images, which the new files name as ``info.image_root``; None to leave ``info``.
 
     Returns:
         Paths of train.json and val.json; the folder of the images is that of ``json_file``.
@@ -123,6 +129,8 @@ def split_dataset(
         raise ValueError(f"{json_file}: annotations of images that are not in it: {first_few(strays)}. Correct them.")
     if len(ids) < 2:
         raise ValueError(f"{json_file} has {len(ids)} images. Two or more can be divided.")
+    if image_root is not None:
+        dataset["info"] = {**dataset.get("info", {}), "image_root": os.path.abspath(image_root)}
     paths = {name: Path(output_dir, f"{name}.json") for name in ("train", "val")}
     if Path(json_file).resolve() in [path.resolve() for path in paths.values()]:
         raise ValueError(f"Dividing {json_file} into {output_dir} would overwrite it. Choose another folder.")
