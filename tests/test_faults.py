@@ -59,6 +59,7 @@ def finish(process, code=0):
 
 def result_of(folder):
     checkpoint = torch.load(folder / "model_final.pth", weights_only=True)
+    checkpoint["description"]["config"] = checkpoint["description"]["config"].replace(str(folder), "FOLDER")
     return checkpoint, [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder)]
 
 

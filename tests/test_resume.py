@@ -76,6 +76,7 @@ def result_of(trainer):
     """The last checkpoint and the lines of metrics.json, without times."""
     folder = trainer.cfg.OUTPUT_DIR
     checkpoint = torch.load(os.path.join(folder, "model_final.pth"), weights_only=True)
+    checkpoint["description"]["config"] = checkpoint["description"]["config"].replace(folder, "FOLDER")
     with open(os.path.join(folder, "metrics.json")) as file:
         lines = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in file]
     return checkpoint, lines
