@@ -54,7 +54,7 @@ def model():
         make_weights.write(source)
         convert([source, target])
         rest = MNCCheckpointer(model).load(target)
-    assert rest == {}
+    assert rest.keys() == {"description"}
     return model
 
 
