@@ -102,6 +102,7 @@ class MNCTrainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         """Build Detectron2's writers."""
+        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         self._metrics_file = MetricsFile(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
         return [CommonMetricPrinter(self.max_iter), self._metrics_file, TensorboardXWriter(self.cfg.OUTPUT_DIR)]
 
