@@ -13,7 +13,8 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from mnc_d2.data import VOC_SETS, register_voc_set
+from mnc_d2.data import VOC_SETS, coco_checks, register_voc_set
+from mnc_d2.data.images import read_image_size
 from mnc_d2.evaluation import summarize
 
 ROOT = Path(__file__).parents[1]
@@ -246,7 +247,7 @@ def test_only_the_process_that_looks_for_mistakes_reads_image_headers(
     train_net, coco_dataset, clean_catalogs, monkeypatch, tmp_path
 ):
     read = []
-    monkeypatch.setattr(Image, "open", lambda path: read.append(path) or Image.new("RGB", (96, 96)))
+    monkeypatch.setattr(coco_checks, "read_image_size", lambda path: read.append(path) or read_image_size(path))
     arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN, "OUTPUT_DIR", tmp_path]
     args = train_net.argument_parser().parse_args([str(x) for x in arguments])
     train_net.build_config(args, check_files=False)  # as a process that was started after the check
