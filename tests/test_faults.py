@@ -5,6 +5,7 @@ Minutes: `make test-faults`.
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,9 @@ def test_killed_at_random_moments_and_resumed(coco_dataset, tmp_path, options, o
         process = start(arguments("parts", "--resume"))
         if kill_after(process, generator.uniform(0.4, 1.1) * seconds):
             kills += 1
+        else:  # it had come to its end: once more from the beginning
+            assert_same(result_of(tmp_path / "parts"), expected)
+            shutil.rmtree(tmp_path / "parts")
     finish(start(arguments("parts", "--resume")))
     assert_same(result_of(tmp_path / "parts"), expected)
     assert not list((tmp_path / "parts").glob("*.tmp"))
