@@ -1,6 +1,6 @@
 """Trainings that are killed at moments drawn from a seed, and resumed: all end to the last bit as one that was not.
 
-Minutes: `make test-faults`.
+An hour: `make test-faults`.
 """
 
 import os
