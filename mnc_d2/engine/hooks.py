@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import signal
@@ -117,9 +116,8 @@ def scalars_of(storage: EventStorage) -> dict[str, dict[str, Any]]:
     scalars = {}
     for name, history in storage.histories().items():
         last = history.values()[-1][1]
-        recent = itertools.takewhile(lambda x: x[1] > last - WINDOW, reversed(history.values()))  # noqa: B023
         scalars[name] = {
-            "values": [list(x) for x in recent][::-1],
+            "values": [list(x) for x in history.values()[-WINDOW:] if x[1] > last - WINDOW],
             "smoothing_hint": storage.smoothing_hints()[name],
         }
     return scalars

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import build_box_head, build_mask_head
@@ -39,7 +38,3 @@ class CascadePass(nn.Module):
         predictor = MNCOutputLayers(cfg, ShapeSpec(channels=2 * path_size))
         classifier = MaskedFeatureClassifier(mask_path_head, box_path_head, predictor, resolution=resolution)
         return cls(mask_head, classifier)
-
-    def predict_masks(self, features: torch.Tensor) -> torch.Tensor:
-        """Return mask logits (R, m, m) for pooled features (R, C, S, S)."""
-        return self.mask_head(features)

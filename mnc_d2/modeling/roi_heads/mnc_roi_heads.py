@@ -233,7 +233,7 @@ class MNCROIHeads(ROIHeads):
         mask_features, pooled = self.pooler(features, boxes, index)
         if not self.gradients.mask_coordinate_gradient and any(x.tensor.requires_grad for x in boxes):
             mask_features, _ = self.pooler(features, [Boxes(x.tensor.detach()) for x in boxes], index)
-        logits = self.heads_of(index).predict_masks(mask_features)
+        logits = self.heads_of(index).mask_head(mask_features)
         truth = mask_targets(proposals, targets, logits.shape[-1])
         moving = self.gradients.moving_targets and self.gradients.mask_coordinate_gradient
         mask_loss = self.mask_supervision.loss(logits, truth, proposals, targets, self.num_classes, moving)
@@ -301,7 +301,7 @@ class MNCROIHeads(ROIHeads):
                     boxes = [x[k] for x, k in zip(boxes, outputs[-1].split(keep))]
             heads = self.heads_of(index)
             mask_features, pooled = self.pooler(features, boxes, index)
-            masks = heads.predict_masks(mask_features).sigmoid()
+            masks = heads.mask_head(mask_features).sigmoid()
             outputs.append(PassOutput(index, boxes, sizes, masks, *heads.classifier(pooled, masks)))
         return outputs
 
@@ -405,7 +405,7 @@ class MNCROIHeads(ROIHeads):
             return instances
         index = self.num_passes_test - 1
         mask_features, _ = self.pooler(features, [x.pred_boxes for x in instances], index)
-        masks = self.heads_of(index).predict_masks(mask_features).sigmoid()
+        masks = self.heads_of(index).mask_head(mask_features).sigmoid()
         for instance, masks_of_image in zip(instances, masks.split([len(x) for x in instances])):
             instance.pred_masks = masks_of_image[:, None]
         return instances
