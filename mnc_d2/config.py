@@ -27,7 +27,8 @@ _NOT_NEGATIVE = """
 """.split()
 _FRACTIONS = """
     MODEL.MNC.BACKGROUND_FRACTIONS MODEL.MNC.BACKGROUND_IOU_BANDS MODEL.MNC.MASK_IOU_THRESHOLD MODEL.MNC.MASK_THRESHOLD
-    MODEL.MNC.MASK_TARGET_THRESHOLD MODEL.MNC.NEXT_PASS_MIN_SCORE MODEL.MNC.VOTING_IOU_THRESHOLD
+    MODEL.MNC.MASK_TARGET_THRESHOLD MODEL.MNC.NEXT_PASS_MIN_SCORE MODEL.MNC.PROPOSAL_MIN_SCORE
+    MODEL.MNC.VOTING_IOU_THRESHOLD
     MODEL.ROI_HEADS.IOU_THRESHOLDS MODEL.ROI_HEADS.NMS_THRESH_TEST MODEL.ROI_HEADS.POSITIVE_FRACTION
     MODEL.ROI_HEADS.SCORE_THRESH_TEST MODEL.RPN.IOU_THRESHOLDS MODEL.RPN.NMS_THRESH MODEL.RPN.POSITIVE_FRACTION
 """.split()
@@ -42,6 +43,7 @@ _CHOICES = {
     "INPUT.FORMAT": ("BGR", "RGB"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "MODEL.MNC.PRED_MASK_FORMAT": ("bitmask", "rle"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
     "SOLVER.OPTIMIZER": ("SGD", "ADAMW"),
 }
@@ -174,6 +176,9 @@ def add_mnc_config(cfg: CN) -> None:
     # state dict (.pth, .safetensors), "package:NAME" for the one in the installed Python package NAME, or "" for none.
     timm.WEIGHTS = ""
 
+    # At inference proposals are left out to which the RPN gives less than this probability of being an object, but for
+    # the best TEST.DETECTIONS_PER_IMAGE; 0 for none.
+    mnc.PROPOSAL_MIN_SCORE = 0.0
     # At inference a box goes on to the next pass only if the pass before gives it at least this probability of being
     # foreground, at box or at mask level. This saves work and costs less than 0.1 AP (see README); 0 for all boxes.
     mnc.NEXT_PASS_MIN_SCORE = 0.01
@@ -181,6 +186,9 @@ def add_mnc_config(cfg: CN) -> None:
     # MODEL.MASK_ON False) and possibly "box_instances" (box-level results too: MNC_box) and "passes" (every box, mask
     # and score of each pass, for analysis).
     mnc.OUTPUTS = ["instances"]
+    # Masks of the results: "bitmask", pred_masks, one bool a pixel of the image; or "rle", pred_masks_rle, run lengths,
+    # for photographs so large that 100 masks of them do not fit into memory. Our evaluators take either.
+    mnc.PRED_MASK_FORMAT = "bitmask"
     # Precision of convolutions and matrix products at inference: "float32", "bfloat16" or "float16". Coordinates, NMS
     # and mask voting are float32 whatever it is.
     mnc.INFERENCE_PRECISION = "float32"

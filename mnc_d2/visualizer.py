@@ -24,13 +24,17 @@ def draw_predictions(image: np.ndarray, instances: Instances, metadata: Metadata
 
     Args:
         image: uint8 (H, W, 3), RGB.
-        instances: with pred_boxes, scores, pred_classes and possibly pred_masks, in pixels of the image.
+        instances: with pred_boxes, scores, pred_classes and possibly pred_masks or pred_masks_rle, in pixels of the
+            image.
         metadata: thing_classes and possibly thing_colors, which are made up where there are none.
 
     Returns:
         uint8 (H', W', 3), RGB, the image at its size or, if it is small, enlarged.
     """
-    return InstanceVisualizer(image, metadata).draw_instance_predictions(instances.to("cpu")).get_image()
+    instances = instances.to("cpu")
+    if instances.has("pred_masks_rle"):
+        instances.pred_masks = instances.pred_masks_rle.decode()
+    return InstanceVisualizer(image, metadata).draw_instance_predictions(instances).get_image()
 
 
 def draw_record(image: np.ndarray, record: dict[str, Any], metadata: Metadata) -> np.ndarray:

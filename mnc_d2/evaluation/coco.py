@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.evaluation import COCOEvaluator
@@ -23,6 +24,14 @@ class FasterCOCOEvaluator(COCOEvaluator):
     Without the package faster-coco-eval, for keypoints, and for image ids that are not integers, which the package does
     not know, it is ``COCOEvaluator`` as it is.
     """
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        """As Detectron2's; the masks of "instances" may be ``pred_masks_rle``, an ``RLEMasks``, as well."""
+        for record, output in zip(inputs, outputs):
+            super().process([record], [output])
+            if "instances" in output and output["instances"].has("pred_masks_rle"):
+                for result, rle in zip(self._predictions[-1]["instances"], output["instances"].pred_masks_rle.rles):
+                    result["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None) -> None:
         """Fill the results of each task. Detectron2's ``evaluate`` calls this with what ``process`` gathered."""

@@ -41,7 +41,8 @@ class ImagePredictions:
 
         Args:
             instances: with pred_boxes, scores and pred_classes, on the CPU.
-            with_masks: whether to take pred_masks, bool (N, height, width), too, where there are some.
+            with_masks: whether to take pred_masks, bool (N, height, width), or pred_masks_rle, ``RLEMasks``, too,
+                where there are some.
         """
         scores = instances.scores.double().numpy()
         boxes = instances.pred_boxes.tensor.double().numpy()
@@ -49,6 +50,8 @@ class ImagePredictions:
         if with_masks and instances.has("pred_masks"):
             counts = _encode(instances.pred_masks)
             size = tuple(instances.pred_masks.shape[-2:])
+        elif with_masks and instances.has("pred_masks_rle"):
+            counts = [rle["counts"] for rle in instances.pred_masks_rle.rles]
         rows = boxes.tolist()
         contents = list(zip((-scores).tolist(), rows, counts or itertools.repeat(b"")))
         order = sorted(range(len(contents)), key=contents.__getitem__)

@@ -98,8 +98,8 @@ class SDSEvaluator(DatasetEvaluator):
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         """Take predictions: "image_id" of each input, "instances" of each output.
 
-        These have pred_boxes, scores, pred_classes and, for masks, pred_masks, bool (N, height, width), in pixels of
-        the image.
+        These have pred_boxes, scores, pred_classes and, for masks, pred_masks, bool (N, height, width), or
+        pred_masks_rle, ``RLEMasks``, in pixels of the image.
 
         Raises:
             ValueError: a prediction is not valid; the message names its image.

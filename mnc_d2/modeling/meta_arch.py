@@ -10,13 +10,13 @@ from detectron2.config import configurable
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.evaluation import inference_context
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.visualizer import Visualizer
 
 from ..data import num_classes_from_datasets
 from ..layers import HALF_PRECISIONS, HalfPrecisionWeights
+from .mask_pasting import encode_masks, paste_masks
 
 
 @META_ARCH_REGISTRY.register()
@@ -30,6 +30,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         mask_threshold: float = 0.4,
         outputs: Sequence[str] = ("instances",),
         inference_precision: str = "float32",
+        pred_mask_format: str = "bitmask",
         **kwargs,
     ) -> None:
         """
@@ -38,6 +39,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             outputs: what inference returns for each image, of "instances", "box_instances" and "passes"; see
                 :meth:`inference`.
             inference_precision: of convolutions and matrix products at inference, "float32", "bfloat16" or "float16".
+            pred_mask_format: of the masks that inference returns, "bitmask" or "rle".
             kwargs: those of Detectron2's ``GeneralizedRCNN``.
         """
         super().__init__(**kwargs)
@@ -52,6 +54,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         if inference_precision not in names:
             raise ValueError(f"MODEL.MNC.INFERENCE_PRECISION must be one of {names}, got {inference_precision!r}")
         self.inference_precision = inference_precision
+        self.pred_mask_format = pred_mask_format
         self._half_precision_weights = HalfPrecisionWeights()
 
     @classmethod
@@ -65,6 +68,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             "mask_threshold": cfg.MODEL.MNC.MASK_THRESHOLD,
             "outputs": cfg.MODEL.MNC.OUTPUTS,
             "inference_precision": cfg.MODEL.MNC.INFERENCE_PRECISION,
+            "pred_mask_format": cfg.MODEL.MNC.PRED_MASK_FORMAT,
         }
 
     def inference(
@@ -80,7 +84,9 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             Else, one dict per image of what MODEL.MNC.OUTPUTS names, in the frame of the image at its original size
             (``height`` and ``width`` of the inputs): "instances", the results of mask voting, or of MNC_box if
             MODEL.MASK_ON is off; "box_instances", those of MNC_box; "passes", for each pass what it says of its boxes,
-            see :meth:`~mnc_d2.modeling.roi_heads.outputs.PassOutput.describe`.
+            see :meth:`~mnc_d2.modeling.roi_heads.outputs.PassOutput.describe`. Masks of "instances" are ``pred_masks``,
+            bool (N, height, width); with the ``pred_mask_format`` "rle" they are ``pred_masks_rle``, an
+            :class:`~mnc_d2.modeling.mask_pasting.RLEMasks`.
         """
         dtype = HALF_PRECISIONS.get(self.inference_precision)
         if dtype is None:
@@ -144,31 +150,28 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         return self._postprocess_one(inputs, output)
 
     def _resize_boxes(self, inputs: dict, result: Instances) -> Instances:
-        """As :meth:`_postprocess_one`, but all boxes are kept, in their order, also those outside the image."""
-        height, width = inputs.get("height", result.image_size[0]), inputs.get("width", result.image_size[1])
-        fields = {**result.get_fields(), "pred_boxes": result.pred_boxes.clone()}
-        fields["pred_boxes"].scale(width / result.image_size[1], height / result.image_size[0])
-        return Instances((height, width), **fields)
+        """Bring what a pass says of its boxes to the size of the image that ``inputs`` asks for; all boxes are kept."""
+        return _scale_boxes(inputs, result)
 
     def _postprocess_one(self, inputs: dict, result: Instances) -> Instances:
-        """Bring a result to the size of the image that ``inputs`` asks for."""
-        height = inputs.get("height", result.image_size[0])
-        width = inputs.get("width", result.image_size[1])
-        image_size = result.image_size
-        # A copy: Detectron2 scales the boxes in place, which the results of several outputs may share.
-        result = Instances(result.image_size, **result.get_fields())
-        result.pred_boxes = result.pred_boxes.clone()
-        if not result.has("mask_boxes"):
-            return detector_postprocess(result, height, width, self.mask_threshold)
-        # Detectron2 pastes masks into `pred_boxes`; these are in boxes of their own.
-        result.reported_boxes, result.pred_boxes = result.pred_boxes, result.mask_boxes.clone()
-        result.remove("mask_boxes")
-        result = detector_postprocess(result, height, width, self.mask_threshold)
-        boxes = result.reported_boxes
-        boxes.scale(width / image_size[1], height / image_size[0])
-        boxes.clip(result.image_size)
-        result.pred_boxes = boxes
-        result.remove("reported_boxes")
+        """Bring a result to the size of the image that ``inputs`` asks for; as Detectron2's ``detector_postprocess``,
+        but masks are pasted into ``mask_boxes`` where there are such, and possibly encoded."""
+        result = _scale_boxes(inputs, result)
+        size = result.image_size
+        frame = "mask_boxes" if result.has("mask_boxes") else "pred_boxes"
+        for name in {"pred_boxes", frame}:
+            result.get(name).clip(size)
+        result = result[result.get(frame).nonempty()]
+        boxes = result.get(frame).tensor
+        if result.has("mask_boxes"):
+            result.remove("mask_boxes")
+        if result.has("pred_masks"):
+            masks = result.pred_masks[:, 0]
+            if self.pred_mask_format == "rle":
+                result.remove("pred_masks")
+                result.pred_masks_rle = encode_masks(masks, boxes, size, self.mask_threshold)
+            else:
+                result.pred_masks = paste_masks(masks, boxes, size, self.mask_threshold)
         return result
 
     @torch.no_grad()
@@ -198,3 +201,13 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         get_event_storage().put_image(
             "ground truth, proposals, detections", np.concatenate(pictures, axis=1).transpose(2, 0, 1)
         )
+
+
+def _scale_boxes(inputs: dict, result: Instances) -> Instances:
+    """Bring boxes to the size of the image that ``inputs`` asks for: a copy with the same other fields."""
+    height, width = inputs.get("height", result.image_size[0]), inputs.get("width", result.image_size[1])
+    fields = result.get_fields().copy()
+    for name in {"pred_boxes", "mask_boxes"} & fields.keys():
+        fields[name] = fields[name].clone()  # Detectron2 scales in place
+        fields[name].scale(width / result.image_size[1], height / result.image_size[0])
+    return Instances((height, width), **fields)

@@ -27,6 +27,8 @@ class CausalRPN(RPN):
         *,
         gradients: CausalGradients | None = None,
         roi_anchor_loss: bool = False,
+        min_score: float = 0.0,
+        min_proposals: int = 100,
         **kwargs,
     ) -> None:
         """
@@ -35,11 +37,15 @@ class CausalRPN(RPN):
                 Without ``proposal_gradient`` this is Detectron2's RPN.
             roi_anchor_loss: whether proposals carry their anchors, for
                 :class:`~mnc_d2.modeling.roi_anchors.RoIAnchorLoss`.
+            min_score: objectness, a probability, under which proposals are left out at inference; 0 for none.
+            min_proposals: so many, the best, stay whatever their objectness.
             kwargs: those of Detectron2's ``RPN``.
         """
         super().__init__(**kwargs)
         self.gradients = gradients or CausalGradients()
         self.roi_anchor_loss = roi_anchor_loss
+        self.min_score = min_score
+        self.min_proposals = min_proposals
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -47,6 +53,8 @@ class CausalRPN(RPN):
             **super().from_config(cfg, input_shape),
             "gradients": CausalGradients.from_config(cfg),
             "roi_anchor_loss": cfg.MODEL.MNC.ROI_ANCHOR_LOSS,
+            "min_score": cfg.MODEL.MNC.PROPOSAL_MIN_SCORE,
+            "min_proposals": cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
     def predict_proposals(
@@ -71,7 +79,10 @@ class CausalRPN(RPN):
         pred_objectness_logits = [at_least_float32(x) for x in pred_objectness_logits]
         attached = self.gradients.proposal_gradient
         if not self.training or not (attached or self.roi_anchor_loss):
-            return super().predict_proposals(anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
+            proposals = super().predict_proposals(anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
+            if self.training or self.min_score == 0:
+                return proposals
+            return [x[self._find_promising(x.objectness_logits)] for x in proposals]
 
         count = len(image_sizes)
         deltas = [self.gradients.of_deltas(x, count) if attached else x.detach() for x in pred_anchor_deltas]
@@ -102,3 +113,8 @@ class CausalRPN(RPN):
             ]
             attach_anchors(selected, *chosen)
         return selected
+
+    def _find_promising(self, logits: torch.Tensor) -> torch.Tensor:
+        """Which proposals, given their objectness (R,), highest first, go on to the cascade: (R,), bool."""
+        rank = torch.arange(len(logits), device=logits.device)
+        return (logits.sigmoid() >= self.min_score) | (rank < self.min_proposals)

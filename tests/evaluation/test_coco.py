@@ -10,7 +10,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from mnc_d2.evaluation import FasterCOCOEvaluator, coco
+from mnc_d2.evaluation import FasterCOCOEvaluator, SDSEvaluator, coco
+from mnc_d2.modeling.mask_pasting import RLEMasks
 
 pytestmark = pytest.mark.usefixtures("clean_catalogs")
 needs_package = pytest.mark.skipif(coco.COCOeval_faster is None, reason="faster-coco-eval is not installed")
@@ -151,3 +152,17 @@ def test_image_ids_that_are_no_integers_are_left_to_detectron2(dataset, calls, t
     named = {f"image {image}": found for image, found in dataset.items()}
     assert_same(evaluate(FasterCOCOEvaluator("random"), named), evaluate(COCOEvaluator("random"), named))
     assert calls == []
+
+
+@pytest.mark.parametrize("evaluator", [FasterCOCOEvaluator, SDSEvaluator])
+def test_masks_may_be_run_lengths(dataset, evaluator):
+    expected = evaluate(evaluator("random"), dataset)
+    encoded = {image: found.to("cpu") for image, found in dataset.items()}
+    for found in encoded.values():
+        pixels = found.pred_masks.numpy().view(np.uint8)
+        found.remove("pred_masks")
+        found.pred_masks_rle = RLEMasks([mask_util.encode(np.asfortranarray(x)) for x in pixels], (H, W))
+    found = evaluate(evaluator("random"), encoded)
+    assert list(found) == list(expected) and len(found) == 2
+    for task, scores in expected.items():
+        assert found[task] == pytest.approx(scores, abs=1e-9, nan_ok=True)

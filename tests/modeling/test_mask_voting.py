@@ -195,6 +195,15 @@ def test_a_limit_below_one_row_still_renders(monkeypatch):
     torch.testing.assert_close(vote_masks(*make_candidates(), SIZE).pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("limit", [1, 2000])
+def test_maps_held_one_after_another_do_not_change_the_result(monkeypatch, limit):
+    whole = vote_masks(*make_candidates(), SIZE)
+    monkeypatch.setattr(mask_merging, "_MAX_MAP_PIXELS", limit)
+    parts = vote_masks(*make_candidates(), SIZE)
+    assert len(parts) > 4 and torch.equal(parts.pred_boxes.tensor, whole.pred_boxes.tensor)
+    torch.testing.assert_close(parts.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
+
+
 def test_order_of_candidates_does_not_matter():
     candidates = make_candidates()
     order = torch.randperm(len(candidates[0]), generator=torch.Generator().manual_seed(0))

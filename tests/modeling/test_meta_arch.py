@@ -139,6 +139,16 @@ def test_masks_of_results_have_the_threshold_of_the_config(small_config, thresho
     assert not torch.equal(*expected)
 
 
+def test_masks_as_run_lengths_are_those_of_pixels(small_config):
+    pixels, run_lengths = (make_model(small_config, **{"MODEL.MNC.PRED_MASK_FORMAT": x}) for x in ("bitmask", "rle"))
+    run_lengths.load_state_dict(pixels.state_dict())
+    inputs = {**make_inputs()[0], "height": 2 * SIZE, "width": 3 * SIZE}
+    (expected,), (result,) = detect(pixels, inputs), detect(run_lengths, inputs)
+    assert len(result) > 3 and not result.has("pred_masks")
+    assert torch.equal(result.pred_masks_rle.decode(), expected.pred_masks)
+    assert torch.equal(result.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
 def test_regressed_boxes_change_no_masks(small_config):
     tight, regressed = (
         make_model(small_config, **{"MODEL.MNC.DETECTION_BOX": name, "MODEL.MNC.OUTPUTS": ["instances", "passes"]})

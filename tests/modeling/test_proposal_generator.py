@@ -217,3 +217,20 @@ def test_from_config_reads_the_switches():
     cfg.MODEL.MNC.BORDER_GRADIENT = True
     rpn = CausalRPN(cfg, {"res4": ShapeSpec(channels=4, stride=16)})
     assert rpn.gradients == CausalGradients(proposal_gradient=False, delta_gradient_clip=0.125, border_gradient=True)
+
+
+def test_proposals_that_are_surely_background_are_left_out_at_inference():
+    images, features, targets = make_inputs()
+    with torch.no_grad():
+        everything, _ = make_rpn().eval()(images, features)
+        probabilities = [x.objectness_logits.sigmoid() for x in everything]
+        threshold = probabilities[0][20].item()
+        for minimum, at_least in ((0, 0), (30, 30), (1000, 50)):
+            some, _ = make_rpn(min_score=threshold, min_proposals=minimum).eval()(images, features)
+            for result, whole, probability in zip(some, everything, probabilities):
+                count = max(int((probability >= threshold).sum()), min(at_least, len(whole)))
+                assert torch.equal(result.proposal_boxes.tensor, whole.proposal_boxes.tensor[:count])
+                assert torch.equal(result.objectness_logits, whole.objectness_logits[:count])
+        assert len(some[0]) == len(everything[0]) > 30
+        trained, _ = make_rpn(min_score=threshold, min_proposals=0)(images, features, targets)
+        assert len(trained[0]) == len(make_rpn()(images, features, targets)[0][0])

@@ -23,8 +23,13 @@ class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
         Args:
             short_side, long_side: as of ``ResizeByExactScale``, in pixels.
             kwargs: those of :class:`~mnc_d2.modeling.MultitaskNetworkCascade`.
+
+        Raises:
+            ValueError: ``pred_mask_format`` is "rle".
         """
         super().__init__(**kwargs)
+        if self.pred_mask_format != "bitmask":
+            raise ValueError(f'MODEL.MNC.PRED_MASK_FORMAT must be "bitmask" for {type(self).__name__}')
         self.short_side = short_side
         self.long_side = long_side
 

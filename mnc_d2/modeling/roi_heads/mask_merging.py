@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-# Pixels rendered at once, over all voters: few enough for a cache. What takes memory is the averaged map of each
-# detection, 4 bytes a pixel of its region.
+# Pixels rendered at once, over all voters: few enough for a cache.
 _MAX_RENDERED_PIXELS = 2**20
+# Pixels of averaged maps that are held at once, 64 MiB; but one detection may have more.
+_MAX_MAP_PIXELS = 2**24
 # What is left out for being under the threshold must be so in whatever order, and with TF32, it would be summed.
 _ROUNDING = 1e-3
-
-
-class MergedMasks(NamedTuple):
-    """The averaged mask of each of D detections, in a region of the image that has all pixels of the threshold."""
-
-    values: torch.Tensor  # (sum of the regions' areas,), float32: the maps one after another, row by row
-    start: torch.Tensor  # (D,), int64, of each map in `values`
-    regions: torch.Tensor  # (D, 4), int64: x1, y1, x2, y2, far corner exclusive
-    tight_boxes: torch.Tensor  # (D, 4), float32, around the pixels of the threshold; without extent if there is none
 
 
 class MaskMerger:
@@ -64,8 +57,8 @@ class MaskMerger:
         group_of: torch.Tensor,
         threshold: float,
         boxes: torch.Tensor | None = None,
-    ) -> MergedMasks:
-        """Add up masks with weights (D, K), those of votes (D, K).
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add up masks with weights (D, K), those of votes (D, K), and crop the sums.
 
         The detections of a group lie near one another: their voters are rendered once, where any detection of the group
         can reach the threshold, and added up by one matrix product. What the loop over groups has to know on the host
@@ -75,15 +68,16 @@ class MaskMerger:
             weights: (D, K), the weight of each mask in each sum; those of a sum add up to 1.
             votes: (D, K), bool, where the weight is not 0.
             group_of: (D,), int64, from 0 on, without gaps.
-            threshold: see :class:`MergedMasks`.
-            boxes: (groups, 4), float32, in image pixels, where to render instead.
+            threshold: a pixel is foreground from this value on.
+            boxes: (groups, 4), float32, in image pixels, where to render, and what to crop, instead; then a group is
+                one detection.
 
         Returns:
-            the sums, all detections of a group in the same region.
+            boxes (D, 4), float32, around the foreground pixels, without extent if there is none, or ``boxes``; and what
+            of the sums lies in these boxes, sampled in their frames: (D, m, m), float32.
         """
         if len(votes) == 0:
-            none = weights.new_zeros(0, 4)
-            return MergedMasks(none[:, 0], none[:, 0].long(), none.long(), none)
+            return weights.new_zeros(0, 4), weights.new_zeros(0, self.mask_size, self.mask_size)
         membership = F.one_hot(group_of).T  # (groups, D)
         group_votes = (membership.to(weights) @ votes.to(weights)) > 0  # (groups, K)
         if boxes is None:
@@ -93,29 +87,35 @@ class MaskMerger:
         counts = torch.cat((membership.sum(dim=1, keepdim=True), group_votes.sum(dim=1, keepdim=True), regions), dim=1)
         counts = counts.tolist()
         voters_of = group_votes.nonzero()[:, 1].split([row[1] for row in counts])
-        areas = [members * (x2 - x1) * (y2 - y1) for members, _, x1, y1, x2, y2 in counts]
 
-        height, width = self.image_size
         order = group_of.argsort(stable=True)  # the members of a group one after another
-        weights = weights[order]
-        values = weights.new_empty(sum(areas))
+        weights, regions = weights[order], regions[group_of[order]]
+        tight, masks = [], []
+        for chunk in _divide([(count, region) for count, _, *region in counts]):
+            members = slice(chunk[0].members.start, chunk[-1].members.stop)
+            merged = self._merge_chunk(chunk, weights[members], regions[members], voters_of)
+            tight.append(merged.tight_boxes(threshold) if boxes is None else boxes[group_of[order[members]]])
+            masks.append(_sample(merged, tight[-1], self.mask_size))
+        back = order.argsort()
+        return torch.cat(tight)[back], torch.cat(masks)[back]
+
+    def _merge_chunk(
+        self, chunk: list[_Part], weights: torch.Tensor, regions: torch.Tensor, voters_of: tuple[torch.Tensor, ...]
+    ) -> _MergedMasks:
+        """Add up masks with the weights (d, K) of the detections of a chunk, whose regions (d, 4) are int64."""
+        height, width = self.image_size
+        values = weights.new_empty(sum(part.pixels for part in chunk))
         in_row, in_column = weights.new_zeros(len(weights), height), weights.new_zeros(len(weights), width)
-        first = 0
-        for (count, _, *region), voters, group_values in zip(counts, voters_of, values.split(areas)):
-            x1, y1, x2, y2 = region
-            members = slice(first, first + count)
-            merged = group_values.view(count, y2 - y1, x2 - x1)
-            self._add_up(weights[members].index_select(1, voters), voters, region, out=merged)
+        for part, part_values in zip(chunk, values.split([part.pixels for part in chunk])):
+            x1, y1, x2, y2 = part.region
+            members = slice(part.members.start - chunk[0].members.start, part.members.stop - chunk[0].members.start)
+            voters = voters_of[part.group]
+            merged = part_values.view(len(part.members), y2 - y1, x2 - x1)
+            self._add_up(weights[members].index_select(1, voters), voters, part.region, out=merged)
             in_row[members, y1:y2] = merged.amax(dim=2)
             in_column[members, x1:x2] = merged.amax(dim=1)
-            first += count
-
-        back = order.argsort()
-        regions = regions[group_of]
-        sizes = (regions[:, 2:] - regions[:, :2]).prod(dim=1)[order]
-        occupied = [x[back] >= threshold for x in (in_column, in_row)]
-        tight = torch.stack([_first(x) for x in occupied] + [_last(x) + 1 for x in occupied], dim=1)
-        return MergedMasks(values, (sizes.cumsum(0) - sizes)[back], regions, tight.float())
+        sizes = (regions[:, 2:] - regions[:, :2]).prod(dim=1)
+        return _MergedMasks(values, sizes.cumsum(0) - sizes, regions, in_row, in_column)
 
     def _find_regions(self, weights: torch.Tensor, membership: torch.Tensor, threshold: float) -> torch.Tensor:
         """Where any detection of each group, membership (groups, D), can reach the threshold: (groups, 4), int64."""
@@ -138,32 +138,82 @@ class MaskMerger:
         return torch.cat((start, (end + 1).minimum(limit).maximum(start + 1)), dim=1)
 
     def _add_up(self, weights: torch.Tensor, voters: torch.Tensor, region: list[int], out: torch.Tensor) -> None:
-        """Render the masks of voters (n,) in a region (x1, y1, x2, y2) and add them up with weights (D, n)."""
+        """Render the masks of voters (n,) in a region (x1, y1, x2, y2) and add them up with weights (d, n).
+
+        The sums, (d, h, w), are written to ``out``, strip by strip of its columns, and block by block of its rows.
+        """
         x1, y1, x2, y2 = region
-        index = self.column_index[:, x1:x2].index_select(0, voters)
-        weight = self.column_weight[:, x1:x2].index_select(0, voters)
-        stretched = _bag(self.columns, index, weight).view(-1, x2 - x1, self.mask_size)  # (n, w, m)
-        table = stretched.transpose(1, 2).reshape(-1, x2 - x1)  # (n * m, w)
+        strip = max(1, _MAX_RENDERED_PIXELS // (len(voters) * self.mask_size))
+        for left in range(x1, x2, strip):
+            columns = slice(left, min(left + strip, x2))
+            width = columns.stop - columns.start
+            index = self.column_index[:, columns].index_select(0, voters)
+            weight = self.column_weight[:, columns].index_select(0, voters)
+            stretched = _bag(self.columns, index, weight).view(-1, width, self.mask_size)  # (n, w, m)
+            table = stretched.transpose(1, 2).reshape(-1, width)  # (n * m, w)
+            block = max(1, _MAX_RENDERED_PIXELS // (len(voters) * width))
+            for top in range(y1, y2, block):
+                rows = slice(top, min(top + block, y2))
+                index = self.row_index[:, rows].index_select(0, voters) + self.first_row[: len(voters)]
+                rendered = _bag(table, index, self.row_weight[:, rows].index_select(0, voters))  # (n * h, w)
+                sums = weights @ rendered.view(len(voters), -1)
+                out[:, rows.start - y1 : rows.stop - y1, columns.start - x1 : columns.stop - x1] = sums.view(
+                    len(weights), -1, width
+                )
 
-        strip = max(1, _MAX_RENDERED_PIXELS // (len(voters) * (x2 - x1)))
-        for start in range(y1, y2, strip):
-            rows = slice(start, min(start + strip, y2))
-            index = self.row_index[:, rows].index_select(0, voters) + self.first_row[: len(voters)]
-            rendered = _bag(table, index, self.row_weight[:, rows].index_select(0, voters))  # (n * strip, w)
-            pixels = slice((rows.start - y1) * (x2 - x1), (rows.stop - y1) * (x2 - x1))
-            out.view(len(weights), -1)[:, pixels] = weights @ rendered.view(len(voters), -1)
+
+class _Part(NamedTuple):
+    """Detections of one group whose averaged maps are held at the same time."""
+
+    group: int
+    members: range  # of all detections, those of a group one after another
+    region: list[int]  # x1, y1, x2, y2, far corner exclusive, of the image
+
+    @property
+    def pixels(self) -> int:
+        x1, y1, x2, y2 = self.region
+        return len(self.members) * (x2 - x1) * (y2 - y1)
 
 
-def sample_masks(merged: MergedMasks, boxes: torch.Tensor, size: int) -> torch.Tensor:
-    """Sample the averaged masks in boxes (D, 4), float32, far corner exclusive, which their regions hold.
+def _divide(groups: list[tuple[int, list[int]]]) -> Iterator[list[_Part]]:
+    """Divide groups, each a number of detections and a region, into chunks of at most _MAX_MAP_PIXELS."""
+    chunk, pixels, first = [], 0, 0
+    for group, (count, region) in enumerate(groups):
+        at_once = max(1, _MAX_MAP_PIXELS // _Part(group, range(1), region).pixels)
+        for start in range(first, first + count, at_once):
+            part = _Part(group, range(start, min(start + at_once, first + count)), region)
+            if chunk and pixels + part.pixels > _MAX_MAP_PIXELS:
+                yield chunk
+                chunk, pixels = [], 0
+            chunk.append(part)
+            pixels += part.pixels
+        first += count
+    yield chunk
+
+
+class _MergedMasks(NamedTuple):
+    """The averaged masks of d detections, each in a region of the image that has all pixels of the threshold."""
+
+    values: torch.Tensor  # (sum of the regions' areas,), float32: the maps one after another, row by row
+    start: torch.Tensor  # (d,), int64, of each map in `values`
+    regions: torch.Tensor  # (d, 4), int64: x1, y1, x2, y2, far corner exclusive
+    in_row: torch.Tensor  # (d, height), float32, the largest value in each row of the image
+    in_column: torch.Tensor  # (d, width), float32
+
+    def tight_boxes(self, threshold: float) -> torch.Tensor:
+        """Boxes (d, 4), float32, around the pixels of a threshold; without extent if there is none."""
+        occupied = [x >= threshold for x in (self.in_column, self.in_row)]
+        return torch.stack([_first(x) for x in occupied] + [_last(x) + 1 for x in occupied], dim=1).float()
+
+
+def _sample(merged: _MergedMasks, boxes: torch.Tensor, size: int) -> torch.Tensor:
+    """Sample averaged masks in boxes (d, 4), float32, far corner exclusive, which their regions hold.
 
     Returns:
-        (D, size, size), float32, in the frames of the boxes.
+        (d, size, size), float32, in the frames of the boxes.
     """
-    if len(boxes) == 0:
-        return boxes.new_zeros(0, size, size)
     left, top, right, bottom = (merged.regions[:, i, None] for i in range(4))
-    y_low, y_high, y_fraction = _sample_axis(boxes[:, 1], boxes[:, 3], size, top, bottom)  # each (D, size)
+    y_low, y_high, y_fraction = _sample_axis(boxes[:, 1], boxes[:, 3], size, top, bottom)  # each (d, size)
     x_low, x_high, x_fraction = _sample_axis(boxes[:, 0], boxes[:, 2], size, left, right)
     y_fraction, x_fraction = y_fraction[:, :, None], x_fraction[:, None, :]
 

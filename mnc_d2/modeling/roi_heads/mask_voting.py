@@ -6,7 +6,7 @@ import torch
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from torchvision.ops import nms
 
-from .mask_merging import MaskMerger, sample_masks
+from .mask_merging import MaskMerger
 
 
 @torch.no_grad()
@@ -107,16 +107,12 @@ def _vote_masks(
     voters = votes.any(dim=0).nonzero().squeeze(1)
     merger = MaskMerger(boxes[voters], masks[voters], image_size)
     weights, voting = weights[:, voters], votes[:, voters]
-    merged = merger.merge(weights, voting, group_of, mask_threshold)
-    tight, size = merged.tight_boxes, masks.shape[-1]
-    soft_masks = sample_masks(merged, tight, size)
+    tight, soft_masks = merger.merge(weights, voting, group_of, mask_threshold)
     empty = (tight[:, 2] <= tight[:, 0]).nonzero().squeeze(1)
     if len(empty) > 0:
         tight[empty] = _clip(boxes[survivor[empty]], image_size)
-        merged = merger.merge(
-            weights[empty], voting[empty], torch.arange(len(empty), device=empty.device), mask_threshold, tight[empty]
-        )
-        soft_masks[empty] = sample_masks(merged, tight[empty], size)
+        alone = torch.arange(len(empty), device=empty.device)
+        _, soft_masks[empty] = merger.merge(weights[empty], voting[empty], alone, mask_threshold, tight[empty])
 
     result = Instances(image_size)
     result.pred_boxes = Boxes(tight if regressed is None else regressed)
