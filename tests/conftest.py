@@ -31,6 +31,18 @@ def pytest_configure(config):
         make_tensors_on(DEVICE)
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if DEVICE != "cpu" and item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason="about the CPU"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the tensors are that tests make."""
+    return DEVICE
+
+
 CLASSES = ("disc", "square")
 COLOURS = ((230, 60, 40), (50, 90, 220))
 

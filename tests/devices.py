@@ -44,9 +44,13 @@ class OnDevice(TorchFunctionMode):
 def make_tensors_on(device: str) -> None:
     """Have all tensors that tests make, and the weights and buffers of all modules, on a device, to the end."""
     OnDevice(device).__enter__()
-    register_module_parameter_registration_hook(
-        lambda module, name, x: torch.nn.Parameter(x.detach().to(device), requires_grad=x.requires_grad)
-    )
+    register_module_parameter_registration_hook(lambda module, name, x: _parameter_on(device, x))
     register_module_buffer_registration_hook(lambda module, name, x: None if x is None else x.to(device))
     # Convolutions in TF32 would be far from what the tests expect.
     torch.backends.cudnn.allow_tf32 = False
+
+
+def _parameter_on(device: str, x: torch.nn.Parameter) -> torch.nn.Parameter:
+    if x.device.type == torch.device(device).type:
+        return x  # which layers may share
+    return torch.nn.Parameter(x.detach().to(device), requires_grad=x.requires_grad)

@@ -62,7 +62,7 @@ def compare_training(device: str, cfg: CfgNode, size: tuple[int, int]) -> list[d
         [
             *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""),
             *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]),
-            *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 1024, "MODEL.RPN.NMS_THRESH", 1.0),
+            *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 4096, "MODEL.RPN.NMS_THRESH", 1.0),
             *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", everything, "MODEL.RPN.POST_NMS_TOPK_TRAIN", everything),
             *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", everything, "MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0),
         ]
