@@ -243,7 +243,7 @@ def make_trainer(model: nn.Module, images: list[dict], **options) -> Accumulatin
 def run_mixed_precision(bench: Bench) -> None:
     """Steps of the optimizer in mixed precision, each of two batches, in a process group of one process."""
     backend = "nccl" if bench.on_gpu else "gloo"
-    precisions = bench.precisions
+    precisions, steps = bench.precisions, 3 if bench.on_gpu else 1
     if not bench.on_gpu:
         bench.skip("NCCL", "it needs CUDA; gloo takes its place")
         precisions = [("bfloat16", "bfloat16", False)]
@@ -252,15 +252,20 @@ def run_mixed_precision(bench: Bench) -> None:
             model = bench.pair()["MNC"].train()
             devices = [torch.cuda.current_device()] if bench.on_gpu else None
             parallel = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-            trainer = make_trainer(parallel, bench.images(2), num_batches=2, precision=HALF_PRECISIONS.get(precision))
+            trainer = make_trainer(
+                parallel,
+                bench.images(2 if bench.on_gpu else 1),
+                num_batches=2,
+                precision=HALF_PRECISIONS.get(precision),
+            )
             trainer.register_hooks([ScaleGradientClip(trainer.grad_scaler, model)])
             with tf32(allow):
-                trainer.train(0, 3)  # ends with a FloatingPointError where a loss is not finite
+                trainer.train(0, steps)  # ends with a FloatingPointError where a loss is not finite
             gradients = [x.grad for x in model.parameters() if x.grad is not None]
             finite = all(x.isfinite().all().item() for x in gradients)
             loss = trainer.storage.latest()["total_loss"][0]
             scale = f"loss scale {trainer.grad_scaler.get_scale():g}" if trainer.grad_scaler.is_enabled() else ""
-            bench.add(f"{backend}, {name}", "loss of step 3", loss, good=finite, note=scale)
+            bench.add(f"{backend}, {name}", f"loss of step {steps}", loss, good=finite, note=scale)
 
 
 @contextmanager

@@ -112,13 +112,13 @@ def _repeats_by_tensor(name: str, args: tuple, kwargs: dict) -> bool:
 
 def _place() -> str:
     """The innermost line of the packages that is being run; without one, the innermost outside PyTorch."""
-    frame, outside = sys._getframe(2), None
+    frame, outside = sys._getframe(1), None
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         for package in PACKAGES:
             if package in path.parents:
                 return f"{path.relative_to(package.parent).as_posix()}:{frame.f_lineno} {frame.f_code.co_name}"
-        if outside is None and "torch" not in path.parts:
+        if outside is None and "torch" not in path.parts and path.name not in (Path(__file__).name, "warnings.py"):
             outside = f"{path.name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return outside or "unknown"
