@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.structures import Boxes
 from devices import OnDevice
 
-from mnc_d2.layers import tensor_on
+from mnc_d2.layers import clip_boxes, tensor_on
+from mnc_d2.modeling import RoIWarpPooler
+from mnc_d2.modeling.roi_heads.mask_supervision import instance_mask_iou
+from mnc_d2.modeling.roi_heads.normalization import mean_over_images
 
 FOLDER = Path(__file__).parent / "benchmarks"
 
@@ -86,6 +90,30 @@ def test_what_a_gpu_would_be_waited_for_is_counted(benchmarks, waits, count):
     with count_synchronisations("cpu") as places:
         waits(x)
     assert sum(places.values()) == count
+
+
+def pool():
+    features = [torch.rand(2, 3, 16, 16), torch.rand(2, 3, 8, 8)]
+    boxes = [Boxes(torch.tensor([[1.0, 2.0, 30.0, 40.0]])), Boxes(torch.tensor([[5.0, 5.0, 60.0, 60.0]] * 2))]
+    return RoIWarpPooler(4, [1 / 4, 1 / 8])(features, boxes)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pool,
+        lambda: mean_over_images(torch.ones(3), [1, 2]),
+        lambda: clip_boxes(torch.ones(3, 4), (10, 20)),
+        lambda: instance_mask_iou(torch.ones(2, 4, 4) > 0, torch.ones(2, 4, 4), torch.ones(2, 4), torch.ones(2)),
+    ],
+    ids=["RoIWarpPooler", "mean_over_images", "clip_boxes", "instance_mask_iou"],
+)
+def test_a_gpu_is_not_waited_for(benchmarks, call):
+    from synchronisations import count_synchronisations
+
+    with count_synchronisations("cpu") as places:
+        call()
+    assert not places
 
 
 def test_waits_are_named_by_the_line_of_the_library(benchmarks):

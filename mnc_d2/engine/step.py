@@ -59,14 +59,13 @@ class AccumulatingTrainer(SimpleTrainer):
                 with torch.autocast(self.device_type, dtype=self.precision, enabled=self.precision is not None):
                     losses = self.model(data)
                 self.grad_scaler.scale(sum(losses.values())).backward()
-            names, values = list(losses), torch.stack([loss.detach() for loss in losses.values()])
-            batches.append(values)
+            batches.append({name: loss.detach() for name, loss in losses.items()})
         self._average_gradients()
         self.after_backward()
-        # All losses at once: each reading waits for a GPU. Raises FloatingPointError before the optimizer has seen a
+        means = [torch.stack([losses[name] for losses in batches]).mean() for name in batches[0]]
+        # Read all at once, for each reading waits for a GPU. Raises FloatingPointError before the optimizer has seen a
         # loss that is not finite.
-        means = torch.stack(batches).mean(dim=0).cpu()
-        self.write_metrics(dict(zip(names, means)), data_time, self.iter)
+        self.write_metrics(dict(zip(batches[0], torch.stack(means).cpu())), data_time, self.iter)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
