@@ -8,6 +8,7 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from devices import make_tensors_on
 from PIL import Image
 
 from mnc_d2.model_zoo import get_config
@@ -16,6 +17,32 @@ from mnc_d2.model_zoo import get_config
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
+DEVICE = "cpu"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests/layers and tests/modeling have their tensors")
+
+
+def pytest_configure(config):
+    global DEVICE
+    DEVICE = config.getoption("--device")
+    if DEVICE != "cpu":
+        make_tensors_on(DEVICE)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if DEVICE != "cpu" and item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason="about the CPU"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where the tensors are that tests make."""
+    return DEVICE
+
+
 CLASSES = ("disc", "square")
 COLOURS = ((230, 60, 40), (50, 90, 220))
 
@@ -35,7 +62,7 @@ def shrink(name="quickstart/mnc_R_18_FPN.yaml", **overrides):
     cfg = get_config(name)
     cfg.merge_from_list(
         [
-            *("MODEL.DEVICE", "cpu"),
+            *("MODEL.DEVICE", DEVICE),
             *("MODEL.FPN.OUT_CHANNELS", 32),
             *("MODEL.ROI_BOX_HEAD.FC_DIM", 32),
             *("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES)),

@@ -62,9 +62,10 @@ class AccumulatingTrainer(SimpleTrainer):
             batches.append({name: loss.detach() for name, loss in losses.items()})
         self._average_gradients()
         self.after_backward()
-        means = {name: torch.stack([losses[name] for losses in batches]).mean() for name in batches[0]}
-        # Raises FloatingPointError before the optimizer has seen a loss that is not finite.
-        self.write_metrics(means, data_time, self.iter)
+        means = [torch.stack([losses[name] for losses in batches]).mean() for name in batches[0]]
+        # Read all at once, for each reading waits for a GPU. Raises FloatingPointError before the optimizer has seen a
+        # loss that is not finite.
+        self.write_metrics(dict(zip(batches[0], torch.stack(means).cpu())), data_time, self.iter)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

@@ -1,4 +1,5 @@
-from .gradient import clip_gradient, inside_image, pass_gradient, scale_gradient
+from .device import tensor_on
+from .gradient import clip_boxes, clip_gradient, inside_image, pass_gradient, scale_gradient
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
 from .roi_warp import roi_warp, roi_warp_pyramid
 
@@ -6,10 +7,12 @@ __all__ = [
     "HALF_PRECISIONS",
     "HalfPrecisionWeights",
     "at_least_float32",
+    "clip_boxes",
     "clip_gradient",
     "inside_image",
     "pass_gradient",
     "roi_warp",
     "roi_warp_pyramid",
     "scale_gradient",
+    "tensor_on",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .bag_max import bag_max
+from .device import tensor_on
 
 
 def roi_warp(
@@ -87,10 +88,10 @@ def roi_warp_pyramid(
     boxes = boxes.masked_fill(~has_image[:, None], torch.nan)
     batch = torch.where(has_image, batch, 0).long()
 
-    heights = torch.tensor([x.shape[2] for x in features], device=device)[levels]  # (R,)
-    widths = torch.tensor([x.shape[3] for x in features], device=device)[levels]
-    scales = torch.tensor(spatial_scales, dtype=boxes.dtype, device=device)[levels]
-    first_rows = torch.tensor([0] + [images * x.shape[2] * x.shape[3] for x in features], device=device).cumsum(0)
+    heights = tensor_on(device, [x.shape[2] for x in features])[levels]  # (R,)
+    widths = tensor_on(device, [x.shape[3] for x in features])[levels]
+    scales = tensor_on(device, spatial_scales, boxes.dtype)[levels]
+    first_rows = tensor_on(device, [0] + [images * x.shape[2] * x.shape[3] for x in features]).cumsum(0)
     first_row = first_rows[levels] + batch * heights * widths
 
     positions, reach = _SAMPLE_POSITIONS[sampling]

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-from detectron2.modeling.poolers import assign_boxes_to_levels, convert_boxes_to_pooler_format
+import torch.nn.functional as F
+from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes
 from torch import nn
 
@@ -60,7 +61,8 @@ class RoIWarpPooler(nn.Module):
         Returns:
             (R, C, S, S), the boxes of all images one after another.
         """
-        rois = convert_boxes_to_pooler_format(boxes)
+        # Detectron2's convert_boxes_to_pooler_format waits for a GPU.
+        rois = torch.cat([F.pad(x.tensor, (1, 0), value=image) for image, x in enumerate(boxes)])  # (R, 5)
         with torch.no_grad():
             levels = assign_boxes_to_levels(
                 boxes, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from fvcore.nn import smooth_l1_loss
 from torch import nn
 
-from ..layers import inside_image
+from ..layers import clip_boxes, inside_image
 
 
 def attach_anchors(
@@ -31,11 +31,10 @@ def attach_anchors(
     for proposal, anchors_of_image, boxes_of_image, logits_of_image, deltas_of_image in zip(
         proposals, anchors, boxes.detach(), logits, deltas
     ):
-        clipped = Boxes(boxes_of_image.clone())
-        clipped.clip(proposal.image_size)
+        clipped = clip_boxes(boxes_of_image, proposal.image_size)
         # Equal logits alone may be a coincidence; of equal boxes with equal logits, NMS leaves one.
         same = proposal.objectness_logits[:, None] == logits_of_image.detach()  # (P, A)
-        for corner, anchor_corner in zip(proposal.proposal_boxes.tensor.T, clipped.tensor.T):
+        for corner, anchor_corner in zip(proposal.proposal_boxes.tensor.T, clipped.T):
             same &= corner[:, None] == anchor_corner
         index = same.to(torch.uint8).argmax(dim=1)
         proposal.anchor_boxes = anchors_of_image[index]
@@ -86,7 +85,8 @@ class RoIAnchorLoss(nn.Module):
         """
         classification, regression = [], []
         for proposal, rois in zip(proposals, sampled):
-            rois = rois[rois.proposal_index < len(proposal)]
+            # Indexing by positions, not by masks: where a mask is true has to be read back from a GPU every time.
+            rois = rois[(rois.proposal_index < len(proposal)).nonzero().squeeze(1)]
             index = rois.proposal_index
             anchors = proposal.anchor_boxes[index]
             inside = inside_image(anchors, proposal.image_size).squeeze(1)
@@ -95,7 +95,7 @@ class RoIAnchorLoss(nn.Module):
                 proposal.anchor_logits[index], foreground.to(anchors), reduction="none"
             )
             classification.append((losses * inside).sum())
-            chosen = foreground & inside
+            chosen = (foreground & inside).nonzero().squeeze(1)
             targets = self.box2box_transform.get_deltas(anchors[chosen], rois.gt_boxes.tensor[chosen])
             deltas = proposal.anchor_deltas[index[chosen]]
             regression.append(smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta, reduction="sum"))

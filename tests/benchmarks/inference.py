@@ -42,7 +42,7 @@ VGG_16 = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage.yaml"
 ARITHMETIC_BARS = {"float32": 1.25, "bfloat16": 2.0}
 
 
-def prepare(cfg: CfgNode, device: str) -> nn.Module:
+def prepare(cfg: CfgNode, device: str, size: tuple[int, int] = (HEIGHT, WIDTH)) -> nn.Module:
     """Build a model with random weights of which every image gives 100 detections, and no box is let off."""
     cfg = cfg.clone()
     cfg.defrost()
@@ -68,35 +68,41 @@ def prepare(cfg: CfgNode, device: str) -> nn.Module:
 
     layers = [x for x in model.modules() if isinstance(x, FrozenBatchNorm2d)]
     hooks = [layer.register_forward_pre_hook(take_statistics) for layer in layers]
-    detect(model.eval(), make_inputs(1))
+    detect(model.eval(), make_inputs(1, size))
     for hook in hooks:
         hook.remove()
     return model
 
 
-def make_inputs(batch: int) -> list[dict]:
-    """Random images with ten ellipses each."""
+def make_inputs(batch: int, image_size: tuple[int, int] = (HEIGHT, WIDTH), classes: int = 80) -> list[dict]:
+    """Random images of (height, width) with ten ellipses each."""
+    height, width = image_size
     generator = torch.Generator().manual_seed(0)
-    y, x = torch.arange(HEIGHT)[:, None] + 0.5, torch.arange(WIDTH)[None] + 0.5
+    y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width)[None] + 0.5
     inputs = []
     for _ in range(batch):
-        target = Instances((HEIGHT, WIDTH))
-        size = 60 + 200 * torch.rand(10, 2, generator=generator)
-        start = torch.rand(10, 2, generator=generator) * (torch.tensor([WIDTH, HEIGHT]) - size)
+        target = Instances(image_size)
+        size = (60 + 200 * torch.rand(10, 2, generator=generator)) * (height / HEIGHT)
+        start = torch.rand(10, 2, generator=generator) * (torch.tensor([width, height]) - size)
         boxes = torch.cat((start, start + size), dim=1)
         x1, y1, x2, y2 = (boxes[:, i, None, None] for i in range(4))
         inside = ((2 * x - x1 - x2) / (x2 - x1)) ** 2 + ((2 * y - y1 - y2) / (y2 - y1)) ** 2 <= 1
         target.gt_boxes, target.gt_masks = Boxes(boxes), BitMasks(inside)
-        target.gt_classes = torch.randint(80, (10,), generator=generator)
-        image = torch.randint(0, 256, (3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)
-        inputs.append({"image": image, "instances": target, "height": HEIGHT, "width": WIDTH})
+        target.gt_classes = torch.randint(classes, (10,), generator=generator)
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        inputs.append({"image": image, "instances": target, "height": height, "width": width})
     return inputs
 
 
-def train_step(model: nn.Module, inputs: list[dict]) -> None:
+def train_step(model: nn.Module, inputs: list[dict], precision: str = "float32") -> dict[str, torch.Tensor]:
+    """Run a training step, forward and backward; return its losses."""
     model.zero_grad()
+    dtype = HALF_PRECISIONS.get(precision)
     with EventStorage():
-        sum(model(inputs).values()).backward()
+        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+            losses = model(inputs)
+        sum(losses.values()).backward()
+    return losses
 
 
 @torch.no_grad()
@@ -163,15 +169,20 @@ def print_row(calls: dict[str, Callable], options: argparse.Namespace, **values:
     print(json.dumps(row), flush=True)
 
 
-def compare_pair(name: str, options: argparse.Namespace) -> None:
-    """Print the rows of MNC beside Mask R-CNN."""
+def pair_configs(name: str) -> dict[str, CfgNode]:
+    """Return the configs of MNC and of the Mask R-CNN of a pair, with 80 classes."""
     pair = PAIRS[name]
     cfgs = {"MNC": get_config(pair["MNC"]), "Mask R-CNN": detectron2_zoo.get_config(pair["Mask R-CNN"])}
     cfgs["Mask R-CNN"].INPUT.MASK_FORMAT = "bitmask"
-    models = {}
-    for key, cfg in cfgs.items():
+    for cfg in cfgs.values():
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
-        models[key] = prepare(cfg, options.device)
+    return cfgs
+
+
+def compare_pair(name: str, options: argparse.Namespace) -> None:
+    """Print the rows of MNC beside Mask R-CNN."""
+    pair = PAIRS[name]
+    models = {key: prepare(cfg, options.device) for key, cfg in pair_configs(name).items()}
     image = make_inputs(1)
     for measure, share in (("inference", 1.0), ("inference, shortcuts", options.share)):
         let_some_boxes_on(models["MNC"], image, share)

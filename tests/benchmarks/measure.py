@@ -5,7 +5,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,53 @@ def _peak_since_start() -> int:
         return int(line.split()[1]) * 1024
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_device_memory(call: Callable[[], Any], device: str) -> int:
+    """Largest number of MiB that PyTorch holds on a GPU during a call, weights included; on a CPU, of the process."""
+    if torch.device(device).type != "cuda":
+        return peak_process_memory({"call": call})["call"] // 2**20
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) // 2**20
+
+
+def stage_seconds(
+    call: Callable[[], Any], stages: Sequence[tuple[str, torch.nn.Module]], repeats: int
+) -> dict[str, float]:
+    """Median duration of each stage of a call.
+
+    Args:
+        call: it runs the modules of the stages, in their order, and no more often.
+        stages: names, and the module that is the last to run in each stage; one may end several.
+        repeats: number of measured runs, after one that is not.
+
+    Returns:
+        seconds, by name; "rest" is what comes after the last.
+    """
+    ends = []
+
+    def end(*_) -> None:
+        _synchronize()
+        ends.append(time.perf_counter())
+
+    hooks = [module.register_forward_hook(end) for module in {module for _, module in stages}]
+    seconds = {name: [] for name in [*(name for name, _ in stages), "rest"]}
+    try:
+        for repeat in range(repeats + 1):
+            ends.clear()
+            end()
+            call()
+            end()
+            if len(ends) != len(seconds) + 1:
+                raise ValueError(f"{len(seconds) - 1} stages, but their modules ran {len(ends) - 2} times")
+            if repeat > 0:
+                for values, start, stop in zip(seconds.values(), ends, ends[1:]):
+                    values.append(stop - start)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _synchronize() -> None:

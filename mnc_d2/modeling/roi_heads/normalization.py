@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ...layers import tensor_on
+
 
 def mean_over_images(losses: torch.Tensor, counts: Sequence[int], where: torch.Tensor | None = None) -> torch.Tensor:
     """The mean over the images of the mean over the RoIs of each image, 0 for an image without any.
@@ -22,9 +24,7 @@ def mean_over_images(losses: torch.Tensor, counts: Sequence[int], where: torch.T
         scalar, dtype of ``losses``; 0 for no image.
     """
     where = torch.ones_like(losses) if where is None else where.to(losses)
-    image = torch.repeat_interleave(
-        torch.tensor(counts, dtype=torch.int64, device=losses.device), output_size=len(losses)
-    )
+    image = torch.repeat_interleave(tensor_on(losses.device, counts, torch.int64), output_size=len(losses))
     zeros = losses.new_zeros(len(counts))
     sums, numbers = zeros.index_add(0, image, losses * where), zeros.index_add(0, image, where)
     return (sums / numbers.clamp(min=1)).sum() / max(len(counts), 1)

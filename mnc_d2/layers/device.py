@@ -1,0 +1,15 @@
+"""Numbers of the host on another device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def tensor_on(device: torch.device, values: Sequence, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return ``torch.tensor(values, dtype=dtype)`` on a device, without waiting for it.
+
+    ``torch.tensor(values, device=device)`` waits until a GPU has done all that it was given before.
+    """
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
