@@ -25,9 +25,15 @@ PAGES = sorted(
 IDS = [str(x.relative_to(ROOT)) for x in PAGES]
 
 
+def blocks_of(page, language):
+    """The code blocks of a language."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    return [code for name, code in blocks if name == language]
+
+
 def commands_of(page):
     """The commands in blocks of shell, each as a list of words, without comments."""
-    for block in re.findall(r"```(?:sh)?\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
+    for block in [*blocks_of(page, "sh"), *blocks_of(page, "")]:
         for line in block.replace("\\\n", " ").splitlines():
             try:
                 words = shlex.split(line, comments=True)
@@ -119,7 +125,7 @@ def test_keys_are_in_the_config(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_imports_in_code_blocks_work(page):
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
+    for block in blocks_of(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Import):
                 for name in node.names:
