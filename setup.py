@@ -38,7 +38,7 @@ setup(
         "Detectron2": "https://github.com/facebookresearch/detectron2",
     },
     python_requires=">=3.9",
-    # Detectron2 itself is not on the package index under its own name: see "Which Detectron2" in the README.
+    # Detectron2 itself is not on the package index under its own name: see docs/detectron2.md.
     install_requires=[
         "torch>=2.4",
         "torchvision>=0.19",
@@ -57,7 +57,7 @@ setup(
         "tabulate",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "ruff"],
+        "dev": ["pytest", "hypothesis", "nbclient", "ipykernel", "ruff"],
         # Reading Caffe's files: mnc_d2.checkpoint.convert_caffe.
         "caffe": ["h5py>=3", "protobuf>=4"],
         # Backbones of timm, and ImageNet weights for one of them.

@@ -180,7 +180,7 @@ def add_mnc_config(cfg: CN) -> None:
     # the best TEST.DETECTIONS_PER_IMAGE; 0 for none.
     mnc.PROPOSAL_MIN_SCORE = 0.0
     # At inference a box goes on to the next pass only if the pass before gives it at least this probability of being
-    # foreground, at box or at mask level. This saves work and costs less than 0.1 AP (see README); 0 for all boxes.
+    # foreground, at box or at mask level. This saves work and costs less than 0.1 AP (docs/speed.md); 0 for all boxes.
     mnc.NEXT_PASS_MIN_SCORE = 0.01
     # What the model returns for each image at inference: "instances" (mask-level results, or box-level ones with
     # MODEL.MASK_ON False) and possibly "box_instances" (box-level results too: MNC_box) and "passes" (every box, mask
@@ -200,6 +200,8 @@ def add_mnc_config(cfg: CN) -> None:
     # Metrics: "coco" (COCO AP), "sds" (mAP^r of the paper, and VOC's box AP; for any dataset with instances) or "auto",
     # what the dataset's evaluator_type says.
     cfg.TEST.EVALUATOR = "auto"
+    # More evaluators, by their names in mnc_d2.evaluation.EVALUATOR_REGISTRY.
+    cfg.TEST.MORE_EVALUATORS = []
     # Pictures of predictions beside ground truth that an evaluation writes, the first images of each test set.
     cfg.TEST.NUM_PICTURES = 0
 

@@ -1,5 +1,5 @@
 from .box_level import BoxLevelEvaluator
-from .build import build_evaluator, evaluation_protocol
+from .build import EVALUATOR_REGISTRY, build_evaluator, evaluation_protocol
 from .coco import FasterCOCOEvaluator
 from .pictures import PredictionPictures
 from .sds import SDSEvaluator
@@ -7,6 +7,7 @@ from .summary import summarize
 
 __all__ = [
     "BoxLevelEvaluator",
+    "EVALUATOR_REGISTRY",
     "FasterCOCOEvaluator",
     "PredictionPictures",
     "SDSEvaluator",

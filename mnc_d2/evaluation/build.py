@@ -7,6 +7,7 @@ import os
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, PascalVOCDetectionEvaluator
+from fvcore.common.registry import Registry
 
 from ..data import prepare_dataset
 from .box_level import BoxLevelEvaluator
@@ -14,9 +15,13 @@ from .coco import FasterCOCOEvaluator
 from .pictures import PredictionPictures
 from .sds import SDSEvaluator
 
+# Evaluators that TEST.MORE_EVALUATORS names. They are called as build_evaluator is: (cfg, dataset_name, output_folder).
+EVALUATOR_REGISTRY = Registry("EVALUATOR")
+
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluators:
-    """Return the evaluators of a dataset: that of its protocol, and pictures where TEST.NUM_PICTURES asks for some.
+    """Return the evaluators of a dataset: that of its protocol, pictures where TEST.NUM_PICTURES asks for some, and
+    those of TEST.MORE_EVALUATORS.
 
     Where MODEL.MNC.OUTPUTS has "box_instances", these are evaluated too, by the same protocol.
 
@@ -27,7 +32,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
 
     Raises:
         FileNotFoundError: the dataset's annotations are not there.
-        ValueError: TEST.EVALUATOR or the dataset's ground truth is not valid.
+        ValueError: TEST.EVALUATOR, TEST.MORE_EVALUATORS or the dataset's ground truth is not valid.
     """
     prepare_dataset(dataset_name)
     # Masks cannot be scored against ground truth that lacks some.
@@ -39,6 +44,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     if cfg.TEST.NUM_PICTURES > 0:
         picture_folder = os.path.join(output_folder, "pictures")
         evaluators.append(PredictionPictures(dataset_name, picture_folder, cfg.TEST.NUM_PICTURES))
+    for name in cfg.TEST.MORE_EVALUATORS:
+        evaluators.append(EVALUATOR_REGISTRY.get(name)(cfg, dataset_name, output_folder))
     return DatasetEvaluators(evaluators)
 
 
@@ -49,8 +56,12 @@ def evaluation_protocol(cfg: CfgNode, dataset_name: str) -> str:
     as COCO is.
 
     Raises:
-        ValueError: TEST.EVALUATOR is none of its values.
+        ValueError: TEST.EVALUATOR is none of its values, or TEST.MORE_EVALUATORS has a name that is not registered.
     """
+    unknown = [name for name in cfg.TEST.MORE_EVALUATORS if name not in EVALUATOR_REGISTRY]
+    if unknown:
+        known = ", ".join(name for name, _ in EVALUATOR_REGISTRY) or "none"
+        raise ValueError(f"TEST.MORE_EVALUATORS has {unknown[0]!r}. In EVALUATOR_REGISTRY are: {known}.")
     protocol = cfg.TEST.EVALUATOR
     if protocol not in ("auto", "coco", "sds"):
         raise ValueError(f'TEST.EVALUATOR must be "auto", "coco" or "sds", got {protocol!r}.')

@@ -10,7 +10,9 @@ from tabulate import tabulate
 
 
 def summarize(cfg: CfgNode, results: dict[str, Any], weights: str) -> str:
-    """Return a table of the AP or mAP^r of each task, and where the pictures, the log and the checkpoint are.
+    """Return a table of results, and where the pictures, the log and the checkpoint are.
+
+    The table has AP or mAP^r of each task, and all metrics of a task that has neither.
 
     Args:
         cfg: the config of the run.
@@ -21,7 +23,8 @@ def summarize(cfg: CfgNode, results: dict[str, Any], weights: str) -> str:
     scores = {(name, task): x for name, tasks in per_dataset.items() for task, x in (tasks or {}).items()}
     # Of mAP^r what all classes have in common, in the paper's interpolation.
     regions = [key for x in scores.values() for key in x if key.startswith(("mAPr@", "mAPr_vol")) and "-" not in key]
-    columns = ["AP", "AP50", "AP75", *dict.fromkeys(regions)]
+    others = [key for x in scores.values() if not x.keys() & {"AP", "mAPr@50"} for key in x]
+    columns = ["AP", "AP50", "AP75", *dict.fromkeys(regions + others)]
     rows = [[*names, *(x.get(column) for column in columns)] for names, x in scores.items()]
     lines = [tabulate(rows, headers=["dataset", "task", *columns], floatfmt=".1f")] if rows else []
     if cfg.TEST.NUM_PICTURES > 0:

@@ -54,6 +54,12 @@ def test_protocol_that_does_not_exist_is_named(dataset, small_config):
         evaluation_protocol(small_config(**{"TEST.EVALUATOR": "voc"}), "drawn")
 
 
+def test_evaluator_that_is_not_registered_is_named(dataset, small_config, tmp_path):
+    cfg = small_config(**{"TEST.MORE_EVALUATORS": ["Count"]})
+    with pytest.raises(ValueError, match="TEST.MORE_EVALUATORS has 'Count'. In EVALUATOR_REGISTRY are: "):
+        evaluators(cfg, tmp_path)
+
+
 @pytest.mark.parametrize(("protocol", "kind"), [("coco", FasterCOCOEvaluator), ("sds", SDSEvaluator)])
 def test_evaluators_of_a_protocol(dataset, small_config, tmp_path, protocol, kind):
     cfg = small_config(**{"TEST.EVALUATOR": protocol, "TEST.NUM_PICTURES": 0})
