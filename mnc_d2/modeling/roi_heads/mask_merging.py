@@ -30,25 +30,11 @@ class MaskMerger:
             masks: (K, m, m), float32, probabilities in the frame of the box.
             image_size: (height, width).
         """
-        height, width = image_size
         count, self.mask_size, _ = masks.shape
-        x = _find_texels(boxes[:, 0], boxes[:, 2], width, self.mask_size)
-        y = _find_texels(boxes[:, 1], boxes[:, 3], height, self.mask_size)
         self.image_size = image_size
-        # The largest that a column or row of pixels can have of each mask.
-        self.column_bounds = _texel_maxima(masks.amax(dim=1), x)
-        self.row_bounds = _texel_maxima(masks.amax(dim=2), y)
-
-        # Stretched rows, each element a sum of two columns of texels: (K, width, 2), into the columns of all masks.
+        self.boxes = boxes
+        # Stretched rows, each element a sum of two columns of texels: of the columns of all masks.
         self.columns = masks.transpose(1, 2).reshape(count * self.mask_size, self.mask_size)
-        first_column = self.mask_size * torch.arange(count, dtype=torch.int32, device=masks.device)[:, None]
-        self.column_index = torch.stack((first_column + x.low, first_column + x.high), dim=-1)
-        self.column_weight = x.weights
-        # Rows of pixels, each a sum of two stretched rows: (K, height, 2), into those of the mask, which follow those
-        # of the masks rendered before it.
-        self.row_index = torch.stack((y.low, y.high), dim=-1)
-        self.row_weight = y.weights
-        self.first_row = first_column[:, None]
 
     def merge(
         self,
@@ -81,26 +67,43 @@ class MaskMerger:
         membership = F.one_hot(group_of).T  # (groups, D)
         group_votes = (membership.to(weights) @ votes.to(weights)) > 0  # (groups, K)
         if boxes is None:
-            regions = self._find_regions(weights, membership.to(weights), threshold)
+            regions = self._find_regions(weights, membership.bool(), threshold)
         else:
             regions = self._add_margin(boxes[:, :2].floor().long(), boxes[:, 2:].ceil().long())
-        counts = torch.cat((membership.sum(dim=1, keepdim=True), group_votes.sum(dim=1, keepdim=True), regions), dim=1)
-        counts = counts.tolist()
-        voters_of = group_votes.nonzero()[:, 1].split([row[1] for row in counts])
+        sizes = torch.stack((membership.sum(dim=1), group_votes.sum(dim=1)), dim=1)
+        counts = torch.cat((sizes, regions), dim=1).tolist()
+        group, voter = group_votes.nonzero(as_tuple=True)  # (P,), the voters of a group one after another
+        voters = self._find_voters(regions, group, voter, counts)
 
-        order = group_of.argsort(stable=True)  # the members of a group one after another
+        order = group_of.argsort(stable=True)  # the members of a group one after another, too
         weights, regions = weights[order], regions[group_of[order]]
         tight, masks = [], []
-        for chunk in _divide([(count, region) for count, _, *region in counts]):
+        for chunk in _divide([(members, number, region) for members, number, *region in counts]):
             members = slice(chunk[0].members.start, chunk[-1].members.stop)
-            merged = self._merge_chunk(chunk, weights[members], regions[members], voters_of)
+            merged = self._merge_chunk(chunk, weights[members], regions[members], voters)
             tight.append(merged.tight_boxes(threshold) if boxes is None else boxes[group_of[order[members]]])
             masks.append(_sample(merged, tight[-1], self.mask_size))
         back = order.argsort()
         return torch.cat(tight)[back], torch.cat(masks)[back]
 
+    def _find_voters(
+        self, regions: torch.Tensor, group: torch.Tensor, voter: torch.Tensor, counts: list[list[int]]
+    ) -> _Voters:
+        """Find the texels of P masks, ``voter``, in the regions (groups, 4) of the groups that they vote in."""
+        size, boxes = self.mask_size, self.boxes[voter]
+        # The columns of all masks lie one mask after another; the rows of those rendered at once, as these do.
+        numbers = regions.new_tensor([number for _, number, *_ in counts])
+        first_voter = (numbers.cumsum(0) - numbers)[group]
+        rank = torch.arange(len(voter), device=voter.device) - first_voter
+        width, height = (max(row[side + 2] - row[side] for row in counts) for side in (2, 3))
+        return _Voters(
+            voter,
+            _find_texels(boxes[:, 0], boxes[:, 2], regions[group, 0], width, size, voter * size),
+            _find_texels(boxes[:, 1], boxes[:, 3], regions[group, 1], height, size, rank * size),
+        )
+
     def _merge_chunk(
-        self, chunk: list[_Part], weights: torch.Tensor, regions: torch.Tensor, voters_of: tuple[torch.Tensor, ...]
+        self, chunk: list[_Part], weights: torch.Tensor, regions: torch.Tensor, voters: _Voters
     ) -> _MergedMasks:
         """Add up masks with the weights (d, K) of the detections of a chunk, whose regions (d, 4) are int64."""
         height, width = self.image_size
@@ -109,23 +112,29 @@ class MaskMerger:
         for part, part_values in zip(chunk, values.split([part.pixels for part in chunk])):
             x1, y1, x2, y2 = part.region
             members = slice(part.members.start - chunk[0].members.start, part.members.stop - chunk[0].members.start)
-            voters = voters_of[part.group]
             merged = part_values.view(len(part.members), y2 - y1, x2 - x1)
-            self._add_up(weights[members].index_select(1, voters), voters, part.region, out=merged)
+            self._add_up(weights[members], voters, part.voters, out=merged)
             in_row[members, y1:y2] = merged.amax(dim=2)
             in_column[members, x1:x2] = merged.amax(dim=1)
         sizes = (regions[:, 2:] - regions[:, :2]).prod(dim=1)
         return _MergedMasks(values, sizes.cumsum(0) - sizes, regions, in_row, in_column)
 
     def _find_regions(self, weights: torch.Tensor, membership: torch.Tensor, threshold: float) -> torch.Tensor:
-        """Where any detection of each group, membership (groups, D), can reach the threshold: (groups, 4), int64."""
-        reached = [
-            (membership @ (weights @ bounds >= threshold - _ROUNDING).to(weights)) > 0  # (groups, pixels of the axis)
-            for bounds in (self.column_bounds, self.row_bounds)
-        ]
-        return self._add_margin(
-            torch.stack([_first(x) for x in reached], dim=1), torch.stack([_last(x) + 1 for x in reached], dim=1)
-        )
+        """Where any detection of each group, membership (groups, D), bool, can reach the threshold: (groups, 4), int64.
+
+        Left of a pixel whose column reaches it, there begin boxes that have together a weight of the threshold, as no
+        mask exceeds 1; and so on all four sides.
+        """
+        sides = []
+        for side in range(4):
+            coordinates, order = self.boxes[:, side].sort(descending=side >= 2)
+            enough = weights[:, order].cumsum(dim=1) >= threshold - _ROUNDING
+            sides.append(coordinates[_first(enough).clamp(max=len(coordinates) - 1)])
+        start, end = torch.stack(sides[:2], dim=1), torch.stack(sides[2:], dim=1)  # (D, 2)
+        outside = ~membership[..., None]
+        start = start.masked_fill(outside, torch.inf).amin(dim=1)
+        end = end.masked_fill(outside, -torch.inf).amax(dim=1)
+        return self._add_margin(start.floor().long(), end.ceil().long())
 
     def _add_margin(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """Regions (n, 4) from start to end, both (n, 2), int64, and one pixel more on each side, in the image.
@@ -137,36 +146,32 @@ class MaskMerger:
         start = (start - 1).clamp(min=0).minimum(limit - 1)
         return torch.cat((start, (end + 1).minimum(limit).maximum(start + 1)), dim=1)
 
-    def _add_up(self, weights: torch.Tensor, voters: torch.Tensor, region: list[int], out: torch.Tensor) -> None:
-        """Render the masks of voters (n,) in a region (x1, y1, x2, y2) and add them up with weights (d, n).
+    def _add_up(self, weights: torch.Tensor, voters: _Voters, chosen: slice, out: torch.Tensor) -> None:
+        """Render the masks of the n chosen voters of a group and add them up with weights (d, K).
 
         The sums, (d, h, w), are written to ``out``, strip by strip of its columns, and block by block of its rows.
         """
-        x1, y1, x2, y2 = region
-        strip = max(1, _MAX_RENDERED_PIXELS // (len(voters) * self.mask_size))
-        for left in range(x1, x2, strip):
-            columns = slice(left, min(left + strip, x2))
-            width = columns.stop - columns.start
-            index = self.column_index[:, columns].index_select(0, voters)
-            weight = self.column_weight[:, columns].index_select(0, voters)
-            stretched = _bag(self.columns, index, weight).view(-1, width, self.mask_size)  # (n, w, m)
-            table = stretched.transpose(1, 2).reshape(-1, width)  # (n * m, w)
-            block = max(1, _MAX_RENDERED_PIXELS // (len(voters) * width))
-            for top in range(y1, y2, block):
-                rows = slice(top, min(top + block, y2))
-                index = self.row_index[:, rows].index_select(0, voters) + self.first_row[: len(voters)]
-                rendered = _bag(table, index, self.row_weight[:, rows].index_select(0, voters))  # (n * h, w)
-                sums = weights @ rendered.view(len(voters), -1)
-                out[:, rows.start - y1 : rows.stop - y1, columns.start - x1 : columns.stop - x1] = sums.view(
-                    len(weights), -1, width
-                )
+        _, height, width = out.shape
+        index, x, y = voters.index[chosen], voters.x.boxes(chosen), voters.y.boxes(chosen)
+        weights = weights.index_select(1, index)
+        strip = max(1, _MAX_RENDERED_PIXELS // (len(index) * self.mask_size))
+        for left in range(0, width, strip):
+            columns = slice(left, min(left + strip, width))
+            stretched = _bag(self.columns, x.pixels(columns)).view(len(index), -1, self.mask_size)  # (n, w, m)
+            table = stretched.transpose(1, 2).reshape(len(index) * self.mask_size, -1)  # (n * m, w)
+            block = max(1, _MAX_RENDERED_PIXELS // (len(index) * table.shape[1]))
+            for top in range(0, height, block):
+                rows = slice(top, min(top + block, height))
+                rendered = _bag(table, y.pixels(rows))  # (n * h, w)
+                sums = weights @ rendered.view(len(index), -1)
+                out[:, rows, columns] = sums.view(len(weights), -1, table.shape[1])
 
 
 class _Part(NamedTuple):
     """Detections of one group whose averaged maps are held at the same time."""
 
-    group: int
-    members: range  # of all detections, those of a group one after another
+    voters: slice  # of all voters, those of a group one after another
+    members: range  # of all detections, likewise
     region: list[int]  # x1, y1, x2, y2, far corner exclusive, of the image
 
     @property
@@ -175,19 +180,20 @@ class _Part(NamedTuple):
         return len(self.members) * (x2 - x1) * (y2 - y1)
 
 
-def _divide(groups: list[tuple[int, list[int]]]) -> Iterator[list[_Part]]:
-    """Divide groups, each a number of detections and a region, into chunks of at most _MAX_MAP_PIXELS."""
-    chunk, pixels, first = [], 0, 0
-    for group, (count, region) in enumerate(groups):
-        at_once = max(1, _MAX_MAP_PIXELS // _Part(group, range(1), region).pixels)
+def _divide(groups: list[tuple[int, int, list[int]]]) -> Iterator[list[_Part]]:
+    """Divide groups, each so many detections and voters and a region, into chunks of at most _MAX_MAP_PIXELS."""
+    chunk, pixels, first, first_voter = [], 0, 0, 0
+    for count, number, region in groups:
+        voters = slice(first_voter, first_voter + number)
+        at_once = max(1, _MAX_MAP_PIXELS // _Part(voters, range(1), region).pixels)
         for start in range(first, first + count, at_once):
-            part = _Part(group, range(start, min(start + at_once, first + count)), region)
+            part = _Part(voters, range(start, min(start + at_once, first + count)), region)
             if chunk and pixels + part.pixels > _MAX_MAP_PIXELS:
                 yield chunk
                 chunk, pixels = [], 0
             chunk.append(part)
             pixels += part.pixels
-        first += count
+        first, first_voter = first + count, voters.stop
     yield chunk
 
 
@@ -227,31 +233,47 @@ def _sample(merged: _MergedMasks, boxes: torch.Tensor, size: int) -> torch.Tenso
 
 
 class _Texels(NamedTuple):
-    """Where n pixels lie among m texels along one axis of K boxes."""
+    """The two texels that each of p pixels along one axis of n boxes lies between."""
 
-    low: torch.Tensor  # (K, n), int32, the texel at or before the pixel
-    high: torch.Tensor  # (K, n), int32, the one after it
-    weights: torch.Tensor  # (K, n, 2), of the two in the pixel; 0 where it does not belong to the box
+    index: torch.Tensor  # (n, p, 2), int32
+    weight: torch.Tensor  # (n, p, 2); 0 where the pixel does not belong to the box
+
+    def boxes(self, chosen: slice) -> _Texels:
+        return _Texels(self.index[chosen], self.weight[chosen])
+
+    def pixels(self, chosen: slice) -> _Texels:
+        return _Texels(self.index[:, chosen], self.weight[:, chosen])
 
 
-def _find_texels(start: torch.Tensor, end: torch.Tensor, pixels: int, size: int) -> _Texels:
-    """Find the pixels of an axis of the image among ``size`` texels of boxes from start (K,) to end (K,)."""
-    pixel = torch.arange(pixels, dtype=start.dtype, device=start.device) + 0.5
+class _Voters(NamedTuple):
+    """The masks that are rendered, P in all, those of a group one after another."""
+
+    index: torch.Tensor  # (P,), int64
+    x: _Texels  # of the columns of the group's region: the columns of all masks, one mask after another
+    y: _Texels  # of its rows: the rows of the group's masks, one mask after another
+
+
+def _find_texels(
+    start: torch.Tensor, end: torch.Tensor, first_pixel: torch.Tensor, pixels: int, size: int, first_texel: torch.Tensor
+) -> _Texels:
+    """Find the texels of pixels of the image; beyond the centre of an outer texel they take the value of that one.
+
+    Args:
+        start, end: (n,), of boxes, each of ``size`` texels.
+        first_pixel: (n,), int64, of so many pixels.
+        first_texel: (n,), int64, the index of each box's first texel.
+    """
+    pixel = torch.arange(pixels, dtype=start.dtype, device=start.device) + 0.5 + first_pixel[:, None]
     start, end = start[:, None], end[:, None]
-    inside = (pixel >= start) & (pixel < end)
-    position = (pixel - start) * size / (end - start).clamp(min=torch.finfo(start.dtype).tiny)
+    inside = ((pixel >= start) & (pixel < end)).to(start)
+    position = (pixel - start) * (size / (end - start).clamp(min=torch.finfo(start.dtype).tiny))
     position = (position - 0.5).clamp(0, size - 1)
     low = position.floor()
-    fraction = position - low
-    weights = torch.stack((1 - fraction, fraction), dim=-1) * inside[..., None]
-    return _Texels(low.int(), (low + 1).clamp(max=size - 1).int(), weights)
-
-
-def _texel_maxima(largest: torch.Tensor, texels: _Texels) -> torch.Tensor:
-    """For the largest texels (K, m) of each column, what pixels in between cannot exceed: (K, n), 0 outside the box."""
-    following = torch.cat((largest[:, 1:], largest[:, -1:]), dim=1)
-    inside = texels.weights.sum(dim=-1)  # their sum is 1 or 0, but for rounding
-    return largest.maximum(following).gather(1, texels.low.long()) * inside
+    fraction = (position - low) * inside
+    index = first_texel.int()[:, None] + low.int()
+    # The weight of the texel after the last one is 0, but it has to be there.
+    following = torch.where(low < size - 1, index + 1, index)
+    return _Texels(torch.stack((index, following), dim=-1), torch.stack((inside - fraction, fraction), dim=-1))
 
 
 def _first(occupied: torch.Tensor) -> torch.Tensor:
@@ -266,10 +288,10 @@ def _last(occupied: torch.Tensor) -> torch.Tensor:
     return torch.where(occupied, index, -1).amax(dim=-1)
 
 
-def _bag(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted sums of rows of a table (rows, n) over the last axis of index and weight (..., T): (prod(...), n)."""
-    count = index.shape[-1]
-    return F.embedding_bag(index.reshape(-1, count), table, per_sample_weights=weight.reshape(-1, count), mode="sum")
+def _bag(table: torch.Tensor, texels: _Texels) -> torch.Tensor:
+    """Weighted sums of two rows each of a table (rows, c): (n * p, c)."""
+    index, weight = texels.index.reshape(-1, 2), texels.weight.reshape(-1, 2)
+    return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
 
 
 def _sample_axis(
