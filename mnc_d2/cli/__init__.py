@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: those of the command line; None for ``sys.argv``.
     """
     args = build_parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", module="torch")  # addressed to those who write models
+    warnings.filterwarnings("ignore", r"torch\.meshgrid: ", UserWarning)  # of Detectron2's anchors
     try:
         args.run(args)
     except (OSError, ValueError) as error:
