@@ -30,15 +30,18 @@ setup(
         "License :: OSI Approved :: Apache Software License",
         "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
         "Typing :: Typed",
     ],
+    # The repository has no public address yet. When it has, it belongs here as "Source", and before the pictures of
+    # README: the package index shows those with absolute addresses only.
     project_urls={
         "Paper": "https://arxiv.org/abs/1512.04412",
         "Detectron2": "https://github.com/facebookresearch/detectron2",
     },
-    python_requires=">=3.9",
+    python_requires=">=3.10",
     # Detectron2 itself is not on the package index under its own name: see "Which Detectron2" in the README.
     install_requires=[
         "torch>=2.4",
@@ -68,6 +71,6 @@ setup(
         # pure Python. Together they are 1.5 MB, gradio is 220 MB, and nothing is loaded from the network.
         "serve": ["flask>=3", "waitress>=3"],
         # COCO AP in less time.
-        "fast-eval": ['faster-coco-eval>=1.8; python_version>="3.10"'],
+        "fast-eval": ["faster-coco-eval>=1.8"],
     },
 )
