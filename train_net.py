@@ -15,6 +15,9 @@ from __future__ import annotations
 import argparse
 import os
 
+import mnc_d2  # noqa: F401  (before Detectron2, whose import is quiet then)
+
+# isort: split
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results

@@ -59,7 +59,9 @@ class InstanceVisualizer(Visualizer):
         names = list(metadata.get("thing_classes", ()))
         known = Metadata(thing_classes=names, thing_colors=list(metadata.get("thing_colors", class_colors(len(names)))))
         mode = ColorMode.SEGMENTATION if len(names) > 1 else ColorMode.IMAGE
-        super().__init__(image, known, scale=max(1.0, _PANEL_WIDTH / image.shape[1]), instance_mode=mode)
+        # A strip of few pixels' width would become a picture of many megapixels.
+        scale = max(1.0, min(_PANEL_WIDTH / image.shape[1], 2 * _PANEL_WIDTH / image.shape[0]))
+        super().__init__(image, known, scale=scale, instance_mode=mode)
 
     def overlay_instances(self, *, boxes=None, labels=None, assigned_colors=None, **kwargs):
         """As Detectron2's, with labels after everything else."""

@@ -1,6 +1,7 @@
 """What tests of more than one folder share."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 from devices import make_tensors_on
 from PIL import Image
 
+from mnc_d2.checkpoint import ModelDescription
 from mnc_d2.model_zoo import get_config
 
 # The tensors of the tests are small: threads save little, and on a busy machine they cost many times more.
@@ -134,3 +137,18 @@ def coco_dataset(tmp_path_factory):
     path = root / "annotations.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return path, root
+
+
+@pytest.fixture(scope="session")
+def model_file(small_config, tmp_path_factory):
+    """A model in one file, as a training writes it: an untrained one of discs and squares, ids 1 and 2.
+
+    It finds something everywhere.
+    """
+    torch.manual_seed(0)
+    cfg = small_config()
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    description = ModelDescription(cfg.dump(), ["disc", "square"], [], [1, 2], "drawn", "0", {"segm/AP": 12.5})
+    path = tmp_path_factory.mktemp("model") / "model_final.pth"
+    torch.save({"model": build_model(cfg).state_dict(), "description": asdict(description)}, path)
+    return path

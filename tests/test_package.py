@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -16,6 +18,13 @@ def test_import_without_detectron2_says_what_to_run():
     assert result.returncode != 0
     message = result.stderr.splitlines()[-1]
     assert message.startswith("ImportError") and "make install" in message and "pip install" in message
+
+
+@pytest.mark.parametrize("command", [["-m", "mnc_d2"], ["train_net.py"]], ids=lambda words: words[-1])
+def test_commands_start_without_warnings(command):
+    command = [sys.executable, *command, "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage:") and result.stderr == ""
 
 
 def load_installer():

@@ -7,10 +7,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import data, evaluate, info, predict, report, train
+from . import data, evaluate, info, predict, report, serve, train
 
 # Each has EXAMPLE, add_arguments(parser) and run(args); its docstring is its description.
-COMMANDS = {"train": train, "eval": evaluate, "predict": predict, "info": info, "data": data, "report": report}
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "serve": serve,
+    "info": info,
+    "data": data,
+    "report": report,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: those of the command line; None for ``sys.argv``.
     """
     args = build_parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", module="torch")  # addressed to those who write models
+    warnings.filterwarnings("ignore", r"torch\.meshgrid: ", UserWarning)  # of Detectron2's anchors
     try:
         args.run(args)
     except (OSError, ValueError) as error:

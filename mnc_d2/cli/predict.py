@@ -19,10 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import ImageError, read_image
+from ..evaluation.coco_output import CocoOutput
 from ..files import open_atomically
 from ..predictor import MNCPredictor, load_predictor
 from ..visualizer import draw_predictions
-from .coco_output import CocoOutput
 from .common import add_model_arguments, add_overrides, overrides
 from .inputs import is_video, list_inputs
 

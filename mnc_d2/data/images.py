@@ -19,6 +19,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
@@ -49,14 +50,19 @@ class ImageError(OSError):
 
 
 @contextlib.contextmanager
-def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+def open_image(path: str | os.PathLike, content: IO[bytes] | None = None) -> Iterator[Image.Image]:
     """Open an image file with Pillow, to read its header or its pixels.
+
+    Args:
+        path: the image file.
+        content: what is in it, where it is not on a disk; ``path`` is its name then.
 
     Raises:
         ImageError: it is refused, it cannot be opened, or what is read of it in the block is broken.
     """
     try:
-        with PathManager.open(os.fspath(path), "rb") as file, warnings.catch_warnings():
+        opened = PathManager.open(os.fspath(path), "rb") if content is None else contextlib.nullcontext(content)
+        with opened as file, warnings.catch_warnings():
             # Twice as many pixels as those of the warning are an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=IMAGE_FORMATS) as image:
@@ -91,27 +97,30 @@ def image_orientation(image: Image.Image) -> int:
         return 1
 
 
-def read_image_size(path: str | os.PathLike) -> tuple[int, int]:
+def read_image_size(path: str | os.PathLike, content: IO[bytes] | None = None) -> tuple[int, int]:
     """Read (width, height) from the header, as they are in what :func:`read_image` returns.
+
+    Args:
+        path, content: as :func:`open_image` takes them.
 
     Raises:
         ImageError: the header cannot be read, or the image is refused.
     """
-    with open_image(path) as image:
+    with open_image(path, content) as image:
         return image.size[::-1] if image_orientation(image) in (5, 6, 7, 8) else image.size
 
 
-def read_image(path: str | os.PathLike, format: str = "RGB") -> np.ndarray:
+def read_image(path: str | os.PathLike, format: str = "RGB", content: IO[bytes] | None = None) -> np.ndarray:
     """Read an image, turned as its EXIF data say, in 8 bits as the module says: uint8 (H, W, 3).
 
     Args:
-        path: the image file.
+        path, content: as :func:`open_image` takes them.
         format: "RGB" or "BGR".
 
     Raises:
         ImageError: it cannot be read, or it is refused.
     """
-    with open_image(path) as image:
+    with open_image(path, content) as image:
         orientation = image_orientation(image)
         image.load()
         if image.mode in _DEEP_MODES:

@@ -126,7 +126,7 @@ class ProgressLine(HookBase):
     def before_train(self) -> None:
         # None: where the output is no terminal.
         self._bar = tqdm(
-            total=self.trainer.max_iter, initial=self.trainer.start_iter, disable=None, desc="training", unit=" it"
+            total=self.trainer.max_iter, initial=self.trainer.start_iter, disable=None, desc="training", smoothing=0.05
         )
 
     def after_step(self) -> None:

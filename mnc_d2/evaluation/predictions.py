@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from ..files import open_atomically
 
@@ -112,3 +112,26 @@ def _records(predictions: Mapping[Any, ImagePredictions], category_ids: Sequence
             if found.counts is not None:
                 record["segmentation"] = {"size": list(found.size), "counts": found.counts[i].decode("ascii")}
             yield record
+
+
+def instances_from_results(
+    results: Sequence[Mapping[str, Any]], category_ids: Sequence[int], size: tuple[int, int]
+) -> Instances:
+    """Return predictions on an image in COCO's format of results as a model returns them.
+
+    Args:
+        results: with bbox, score, category_id and possibly segmentation, as compressed RLE.
+        category_ids: the dataset's own id of each class.
+        size: height and width of the image.
+    """
+    classes = {category_id: i for i, category_id in enumerate(category_ids)}
+    instances = Instances(size)
+    boxes = np.array([x["bbox"] for x in results], dtype=np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    instances.pred_boxes = Boxes(torch.from_numpy(boxes))
+    instances.scores = torch.tensor([x["score"] for x in results])
+    instances.pred_classes = torch.tensor([classes[x["category_id"]] for x in results], dtype=torch.int64)
+    if results and all("segmentation" in x for x in results):
+        masks = mask_util.decode([x["segmentation"] for x in results])  # (H, W, N)
+        instances.pred_masks = torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))).bool()
+    return instances

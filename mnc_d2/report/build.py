@@ -11,14 +11,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import pycocotools.mask as mask_util
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
 
 from ..checkpoint import ModelDescription
 from ..data import read_image
 from ..evaluation.ground_truth import GroundTruth, load_ground_truth
+from ..evaluation.predictions import instances_from_results
 from ..files import open_atomically
 from ..predictor import load_predictor
 from ..visualizer import draw_predictions, draw_record
@@ -141,7 +139,7 @@ def draw_images(
         record = records[image_id]
         image = read_image(record["file_name"])
         found = [x for x in predictions if x["image_id"] == image_id and x["score"] >= SCORE]
-        instances = to_instances(found, truth, image.shape[:2])
+        instances = instances_from_results(found, truth.category_ids, image.shape[:2])
         drawn.append(
             {
                 "name": os.path.basename(record["file_name"]),
@@ -151,21 +149,6 @@ def draw_images(
             }
         )
     return drawn
-
-
-def to_instances(results: Sequence[dict[str, Any]], truth: GroundTruth, size: tuple[int, int]) -> Instances:
-    """Return predictions in COCO's format of results as a model returns them."""
-    classes = {category_id: i for i, category_id in enumerate(truth.category_ids)}
-    instances = Instances(size)
-    boxes = np.array([x["bbox"] for x in results], dtype=np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    instances.pred_boxes = Boxes(torch.from_numpy(boxes))
-    instances.scores = torch.tensor([x["score"] for x in results])
-    instances.pred_classes = torch.tensor([classes[x["category_id"]] for x in results], dtype=torch.int64)
-    if results and all("segmentation" in x for x in results):
-        masks = mask_util.decode([x["segmentation"] for x in results])  # (H, W, N)
-        instances.pred_masks = torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1))).bool()
-    return instances
 
 
 def draw_passes_of(dataset: str, model: str, ranked: Sequence[Any]) -> list[dict[str, Any]]:

@@ -36,10 +36,10 @@ def draw_passes(predictor: MNCPredictor, image: np.ndarray) -> list[tuple[str, n
     return [*pictures, (f"after mask voting: {len(final)} detections", picture)]
 
 
-def clear_detections(of_pass: Instances, mask_threshold: float) -> Instances:
+def clear_detections(of_pass: Instances, mask_threshold: float, min_score: float = _MIN_SCORE) -> Instances:
     """Return the boxes of a pass that have a score and are not suppressed by a better one, with masks in the image."""
     of_pass = of_pass.to("cpu")
-    of_pass = of_pass[of_pass.scores >= _MIN_SCORE]
+    of_pass = of_pass[of_pass.scores >= min_score]
     boxes = of_pass.pred_boxes.tensor
     kept = of_pass[batched_nms(boxes, of_pass.scores, of_pass.pred_classes, _NMS_THRESHOLD)]
     kept.pred_masks = (

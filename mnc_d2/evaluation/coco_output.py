@@ -8,8 +8,8 @@ import pycocotools.mask as mask_util
 from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 
-from ..evaluation.predictions import ImagePredictions
 from ..files import open_atomically
+from .predictions import ImagePredictions
 
 
 class CocoOutput:
@@ -52,10 +52,14 @@ class CocoOutput:
                 annotation["segmentation"] = {"size": mask["size"], "counts": mask["counts"].decode("ascii")}
             self.annotations.append(annotation)
 
+    def content(self, min_score: float = 0.0) -> dict[str, list[dict]]:
+        """Return the dataset, with the annotations that have the score."""
+        annotations = [x for x in self.annotations if x["score"] >= min_score]
+        return {"images": self.images, "categories": self.categories, "annotations": annotations}
+
     def write(self, path: str) -> None:
-        content = {"images": self.images, "categories": self.categories, "annotations": self.annotations}
         with open_atomically(path, "w", encoding="utf-8") as file:
-            json.dump(content, file)
+            json.dump(self.content(), file)
 
     def summary(self) -> str:
         """Say how much there is."""
