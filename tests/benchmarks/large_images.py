@@ -62,7 +62,8 @@ def main() -> None:
             return masks
 
         row = {"objects of": name, "candidates": boxes}
-        row["peak MiB"] = peak_process_memory({"call": call})["call"] // 2**20
+        peaks = peak_process_memory({"before": lambda: None, "call": call})
+        row["peak MiB"] = (peaks["call"] - peaks["before"]) // 2**20
         print(json.dumps({**row, "bar": BAR, "seconds": round(seconds[0], 1)}), flush=True)
 
 
