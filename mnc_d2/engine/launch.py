@@ -93,18 +93,25 @@ def run_processes(
             signal.signal(number, _forward)
     try:
         launch(
-            main,
+            _run_launched,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
+            args=(main, args, multiprocessing.get_start_method()),
             timeout=timedelta(seconds=args.dist_timeout),
         )
     except ProcessExitedException as error:  # it has said why
         sys.exit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code)
     except ProcessRaisedException as error:
         sys.exit(str(error))
+
+
+def _run_launched(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, start_method: str) -> None:
+    # A process that was spawned would spawn the workers of its data loaders too, each of which then imports everything
+    # anew, and once more in every evaluation. They are started as without a launcher.
+    multiprocessing.set_start_method(start_method, force=True)
+    main(args)
 
 
 def _forward(number: int, frame) -> None:
