@@ -11,6 +11,8 @@ import torch
 from detectron2.config import CfgNode as CN
 from detectron2.modeling import build_model
 
+from .pickled import read_pickle
+
 # What check_config wants of values, by key. Those of tuples and lists are wanted of every element.
 _POSITIVE = """
     INPUT.MAX_SIZE_TEST INPUT.MAX_SIZE_TRAIN MODEL.MNC.MASK_FC_DIM MODEL.MNC.MASK_INIT_STD MODEL.MNC.MASK_SIZE
@@ -253,6 +255,9 @@ def check_config(cfg: CN) -> None:
         raise ValueError("INPUT.MIN_SIZE_TRAIN is empty. Give it the sizes of the shorter side in training.")
     if cfg.SEED >= 2**31:
         raise ValueError(f"SEED is {cfg.SEED}. It must be less than 2^31; -1 stands for a seed that is drawn.")
+    if cfg.MODEL.LOAD_PROPOSALS:
+        for file in (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST):
+            read_pickle(file)  # Detectron2 would run code that it holds
     _check_model(cfg)
 
 
