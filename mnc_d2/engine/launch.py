@@ -214,7 +214,13 @@ def join_torchrun(timeout: timedelta) -> None:
         timeout: after which a process that waits for others gives up.
     """
     on_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # After a restart the store still has where the processes before could be reached: whoever reads that waits for
+        # ever. Counts of several machines may differ.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     if on_gpu:
         # More processes than GPUs are an error, but for check_device to explain.
