@@ -29,12 +29,18 @@ def test_number_of_processes(arguments, expected):
         (["--num-machines", "0"], "0 machines"),
         (["--num-gpus", "-1"], "-1 processes"),
         (["--num-machines", "2", "--dist-url", "auto"], "--dist-url auto is for one machine"),
-        (["--dist-timeout", "0"], "--dist-timeout must be positive, got 0"),
     ],
 )
 def test_processes_that_cannot_be_are_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         count_processes(argument_parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e300", "soon"])
+def test_a_timeout_is_a_time(seconds, capsys):
+    with pytest.raises(SystemExit):
+        argument_parser().parse_args(["--dist-timeout", seconds])
+    assert "--dist-timeout" in capsys.readouterr().err
 
 
 def test_processes_of_the_launcher_start_their_own_as_without_it():

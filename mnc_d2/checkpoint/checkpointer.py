@@ -9,6 +9,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -134,9 +135,13 @@ class MNCCheckpointer(DetectionCheckpointer):
         """Load as Detectron2 does.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: the file is not a whole checkpoint that fits the model; the message names it and says why.
         """
         self._source = path
+        file = urlparse(path)._replace(query="").geturl()
+        if path and not os.path.isfile(self.path_manager.get_local_path(file)):
+            raise FileNotFoundError(f"The checkpoint {path} does not exist.")
         try:
             return super().load(path, *args, **kwargs)
         finally:

@@ -48,12 +48,19 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dist-timeout",
-        type=float,
+        type=_seconds,
         default=1800,
         metavar="SECONDS",
         help="of several processes, how long one waits for the others before the run ends (default 30 minutes)",
     )
     return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e8:
+        raise argparse.ArgumentTypeError(f"must be positive, and less than three years, got {text}")
+    return value
 
 
 def run_processes(
@@ -157,8 +164,6 @@ def count_processes(args: argparse.Namespace) -> tuple[int, int]:
     Raises:
         ValueError: both torchrun and the arguments give a number, or the arguments contradict each other.
     """
-    if args.dist_timeout <= 0:
-        raise ValueError(f"--dist-timeout must be positive, got {args.dist_timeout}.")
     if not started_by_torchrun():
         if args.num_machines < 1 or args.num_gpus < 0:
             raise ValueError(f"There cannot be {args.num_machines} machines with {args.num_gpus} processes each.")
@@ -185,8 +190,16 @@ def check_device(cfg: CfgNode, num_local_processes: int) -> None:
         ValueError: they cannot; the message says why.
     """
     num_gpus = torch.cuda.device_count()
-    if cfg.MODEL.DEVICE.startswith("cuda") and num_gpus == 0:
-        raise ValueError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}", but PyTorch finds no GPU on this machine.')
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+        if device.type != "cuda":  # GPUs are left to the processes that use them
+            torch.zeros(1, device=device).item()
+    except Exception as error:  # RuntimeError, NotImplementedError, AssertionError, by the kind of device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}", which PyTorch cannot use: {reason}') from error
+    if device.type == "cuda" and num_gpus <= (device.index or 0):
+        found = f"{num_gpus} GPUs" if num_gpus else "no GPU"
+        raise ValueError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}", but PyTorch finds {found} on this machine.')
     if num_gpus == 0 or num_local_processes <= 1:
         return
     # Where there are GPUs the processes talk over NCCL, which knows no CPU tensors and one process a GPU.
