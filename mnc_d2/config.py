@@ -271,7 +271,7 @@ def check_config(cfg: CN) -> None:
     if cfg.MODEL.LOAD_PROPOSALS:
         for file in (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST):
             read_pickle(file)  # Detectron2 would run code that it holds
-    _check_model(cfg)
+    check_model(cfg)
 
 
 def _check_crop(crop: CN) -> None:
@@ -286,7 +286,12 @@ def _check_crop(crop: CN) -> None:
         raise ValueError(f"INPUT.CROP.SIZE is {crop.SIZE}. With INPUT.CROP.TYPE {crop.TYPE} it must be two {what}.")
 
 
-def _check_model(cfg: CN) -> None:
+def check_model(cfg: CN) -> None:
+    """Build the model of a config, without memory for it, to see whether there is one.
+
+    Raises:
+        ValueError: there is none; the message says what Detectron2 or PyTorch say.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"

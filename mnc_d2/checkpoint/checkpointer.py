@@ -9,7 +9,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -139,11 +138,10 @@ class MNCCheckpointer(DetectionCheckpointer):
             ValueError: the file is not a whole checkpoint that fits the model; the message names it and says why.
         """
         self._source = path
-        file = urlparse(path)._replace(query="").geturl()
-        if path and not os.path.isfile(self.path_manager.get_local_path(file)):
-            raise FileNotFoundError(f"The checkpoint {path} does not exist.")
         try:
             return super().load(path, *args, **kwargs)
+        except AssertionError as error:  # what Detectron2 says of a file that is not there
+            raise FileNotFoundError(f"The checkpoint {path} does not exist: {error}") from error
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it after an error, and then loads nothing any more
 
@@ -283,9 +281,14 @@ def _check_weights(path: str, weights: Any) -> None:
     """Raise a ValueError if the weights of a checkpoint are not tensors or arrays by name."""
     if not isinstance(weights, Mapping):
         raise ValueError(f"The checkpoint {path} holds a {type(weights).__name__} where a state dict should be.")
+    if not weights:
+        raise ValueError(f"The checkpoint {path} holds no weights.")
     for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, (torch.Tensor, np.ndarray)):
-            raise ValueError(f"The checkpoint {path} holds a {type(value).__name__} {name!r} among the weights.")
+        kind = None if isinstance(value, (torch.Tensor, np.ndarray)) else type(value).__name__
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_meta):
+            kind = "sparse tensor" if value.layout != torch.strided else "tensor without content"
+        if kind or not isinstance(name, str):
+            raise ValueError(f"The checkpoint {path} holds a {kind or 'tensor'} {name!r} among the weights.")
 
 
 def _find_damage(path: str) -> str | None:
