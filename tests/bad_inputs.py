@@ -23,11 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from robustness import arguments, arrays, checkpoints, coco, configs
+from robustness import arguments, arrays, checkpoints, coco, configs, images
 from robustness.common import MARK, Case
 from tabulate import tabulate
 
-FAMILIES = [coco, configs, checkpoints, arrays, arguments]
+FAMILIES = [coco, configs, images, checkpoints, arrays, arguments]
 # The first two are as they should be.
 OUTCOMES = ("sentence", "result", "vague", "trace", "silent", "code", "crash", "hang")
 PATIENCE = 120  # seconds, many times what a case takes

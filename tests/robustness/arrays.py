@@ -16,7 +16,7 @@ from mnc_d2.checkpoint.convert_caffe import main as convert_caffe
 from mnc_d2.data import save_mask_proposals
 from mnc_d2.data.mask_proposals import load_mask_proposals
 
-from .common import Case, Code, coco_dataset, flip_bit, run_train_net
+from .common import CONFIG, Case, Code, coco_dataset, flip_bit, run_train_net
 
 FAMILY = "arrays"
 BOXES = np.array([[1, 2, 9, 8], [0, 0, 31, 23]], dtype=np.float32)
@@ -111,9 +111,9 @@ MODELS: dict[str, bytes] = {
     "HDF5: its signature": b"\x89HDF\r\n\x1a\n",
     "HDF5: nothing": _hdf5(lambda file: None),
     "HDF5: no layers": _hdf5(lambda file: file.create_group("data")),
-    "HDF5: data is an array": _hdf5(lambda file: file.create_dataset("data", (3,))),
-    "HDF5: a layer is an array": _hdf5(lambda file: file.create_dataset("data/conv1_1", (3,))),
-    "HDF5: a parameter without number": _hdf5(lambda file: file.create_dataset("data/conv1_1/weight", (3,))),
+    "HDF5: data is an array": _hdf5(lambda file: file.create_dataset("data", (3,), "f4")),
+    "HDF5: a layer is an array": _hdf5(lambda file: file.create_dataset("data/conv1_1", (3,), "f4")),
+    "HDF5: a parameter without number": _hdf5(lambda file: file.create_dataset("data/conv1_1/weight", (3,), "f4")),
     "HDF5: another shape": _hdf5(_layer((2, 3))),
     "HDF5: no axis": _hdf5(_layer(())),
     "HDF5: texts": _hdf5(_layer((2,), dtype=h5py.string_dtype())),
@@ -132,7 +132,7 @@ def _train(folder: Path, content: bytes | None) -> str | None:
     for name in ("1.npz", "2.npz"):
         save_mask_proposals(folder / name, BOXES, MASKS, SCORES)
     (folder / "2.npz").write_bytes(content) if content is not None else (folder / "2.npz").unlink()
-    run_train_net(*coco_dataset(folder), "DATASETS.MASK_PROPOSALS", folder, "MODEL.ROI_HEADS.NUM_CLASSES", -1)
+    run_train_net("--config-file", CONFIG, *coco_dataset(folder), "DATASETS.MASK_PROPOSALS", folder)
     found = load_mask_proposals(folder / "2.npz")
     order = np.argsort(-SCORES)
     same = np.array_equal(found.proposal_boxes.tensor.numpy(), BOXES[order])

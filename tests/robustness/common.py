@@ -16,6 +16,7 @@ from PIL import Image
 from mnc_d2.engine import argument_parser, run_processes
 
 ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "quickstart" / "mnc_R_18_FPN.yaml"
 MARK = "code-was-run"  # the file that code in an input makes, in the folder of the case
 
 

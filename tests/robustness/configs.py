@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import MARK, ROOT, Case, coco_dataset, flip_bit, run_train_net
+from .common import CONFIG, MARK, Case, coco_dataset, flip_bit, run_train_net
 
 FAMILY = "configs"
-CONFIG = ROOT / "configs" / "quickstart" / "mnc_R_18_FPN.yaml"
 
 POSITIVE = """
     INPUT.MAX_SIZE_TRAIN MODEL.MNC.MASK_FC_DIM MODEL.MNC.MASK_SIZE MODEL.MNC.NUM_PASSES_TEST MODEL.MNC.NUM_PASSES_TRAIN
