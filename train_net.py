@@ -69,6 +69,8 @@ def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:
         evaluation_protocol(cfg, name)
     check_config(cfg)
     if not args.eval_only:
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN is empty: there is nothing to train on.")
         check_solver(cfg, num_processes)
     elif args.resume and not weights and not MNCCheckpointer(Identity(), cfg.OUTPUT_DIR).has_checkpoint():
         raise ValueError(f"There is nothing to evaluate: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint.")

@@ -11,10 +11,14 @@ import torch
 from detectron2.config import CfgNode as CN
 from detectron2.modeling import build_model
 
+from .pickled import read_pickle
+
 # What check_config wants of values, by key. Those of tuples and lists are wanted of every element.
 _POSITIVE = """
-    INPUT.MAX_SIZE_TEST INPUT.MAX_SIZE_TRAIN MODEL.MNC.MASK_FC_DIM MODEL.MNC.MASK_INIT_STD MODEL.MNC.MASK_SIZE
-    MODEL.MNC.NUM_PASSES_TEST MODEL.MNC.NUM_PASSES_TRAIN MODEL.PIXEL_STD MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+    INPUT.MAX_SIZE_TEST INPUT.MAX_SIZE_TRAIN MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS MODEL.ANCHOR_GENERATOR.SIZES
+    MODEL.FPN.OUT_CHANNELS MODEL.MNC.MASK_FC_DIM MODEL.MNC.MASK_INIT_STD MODEL.MNC.MASK_SIZE
+    MODEL.MNC.NUM_PASSES_TEST MODEL.MNC.NUM_PASSES_TRAIN MODEL.PIXEL_STD MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS
+    MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION MODEL.RPN.BBOX_REG_WEIGHTS
     MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE MODEL.ROI_HEADS.NUM_CLASSES MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
     MODEL.RPN.BATCH_SIZE_PER_IMAGE MODEL.RPN.POST_NMS_TOPK_TEST MODEL.RPN.POST_NMS_TOPK_TRAIN
     MODEL.RPN.PRE_NMS_TOPK_TEST MODEL.RPN.PRE_NMS_TOPK_TRAIN SOLVER.ACCUMULATE SOLVER.BASE_LR
@@ -41,6 +45,7 @@ _CHOICES = {
         "WeightedCategoryTrainingSampler",
     ),
     "INPUT.FORMAT": ("BGR", "RGB"),
+    "INPUT.MASK_FORMAT": ("bitmask",),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "MODEL.MNC.PRED_MASK_FORMAT": ("bitmask", "rle"),
@@ -246,7 +251,7 @@ def check_config(cfg: CN) -> None:
     ):
         for key in keys:
             value = _get(cfg, key)
-            if not all(is_right(x) for _, x in _leaves(value, key)):
+            if not all(isinstance(x, (int, float)) and is_right(x) for _, x in _leaves(value, key)):
                 raise ValueError(f"{key} is {value}. It must be {what}.")
     for key, choices in _CHOICES.items():
         if _get(cfg, key) not in choices:
@@ -257,16 +262,46 @@ def check_config(cfg: CN) -> None:
             raise ValueError(
                 f"{first} has {lengths[0]} elements, so {second} must have {lengths[0] + more}, not {lengths[1]}."
             )
+    for key in ("MODEL.RPN.BBOX_REG_WEIGHTS", "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS"):
+        if len(_get(cfg, key)) != 4:
+            raise ValueError(f"{key} is {_get(cfg, key)}. It must have four numbers, for x, y, width and height.")
+    for key in ("INPUT.MIN_SIZE_TRAIN", "SOLVER.STEPS"):
+        if not all(isinstance(x, int) for x in _get(cfg, key)):
+            raise ValueError(f"{key} is {_get(cfg, key)}. It must be integers.")
+    for key in ("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"):
+        if not all(_get(cfg, key)):
+            raise ValueError(f"{key} is {_get(cfg, key)}. No feature map can be without anchors.")
+    _check_crop(cfg.INPUT.CROP)
     if list(cfg.SOLVER.STEPS) != sorted(set(cfg.SOLVER.STEPS)):
         raise ValueError(f"SOLVER.STEPS is {cfg.SOLVER.STEPS}. It must be in ascending order.")
     if not cfg.INPUT.MIN_SIZE_TRAIN:
         raise ValueError("INPUT.MIN_SIZE_TRAIN is empty. Give it the sizes of the shorter side in training.")
     if cfg.SEED >= 2**31:
         raise ValueError(f"SEED is {cfg.SEED}. It must be less than 2^31; -1 stands for a seed that is drawn.")
-    _check_model(cfg)
+    if cfg.MODEL.LOAD_PROPOSALS:
+        for file in (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST):
+            read_pickle(file)  # Detectron2 would run code that it holds
+    check_model(cfg)
 
 
-def _check_model(cfg: CN) -> None:
+def _check_crop(crop: CN) -> None:
+    if not crop.ENABLED:
+        return
+    kinds = ("relative", "relative_range", "absolute", "absolute_range")
+    if crop.TYPE not in kinds:
+        raise ValueError(f"INPUT.CROP.TYPE is {crop.TYPE!r}. It must be one of {', '.join(kinds)}.")
+    largest, kind = (1, float) if crop.TYPE.startswith("relative") else (math.inf, int)
+    if len(crop.SIZE) != 2 or not all(isinstance(x, (int, kind)) and 0 < x <= largest for x in crop.SIZE):
+        what = "shares of the image, up to 1" if largest == 1 else "positive integers, in pixels"
+        raise ValueError(f"INPUT.CROP.SIZE is {crop.SIZE}. With INPUT.CROP.TYPE {crop.TYPE} it must be two {what}.")
+
+
+def check_model(cfg: CN) -> None:
+    """Build the model of a config, without memory for it, to see whether there is one.
+
+    Raises:
+        ValueError: there is none; the message says what Detectron2 or PyTorch say.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"

@@ -13,6 +13,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from .checkpoint import CompleteCheckpointer, ModelDescription, read_description
+from .config import check_model
 from .data import build_test_resize
 from .engine import check_device
 from .model_zoo import load_config, merge_overrides, parse_config
@@ -118,4 +119,9 @@ def load_model_config(
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
     merge_overrides(cfg, overrides)
     check_device(cfg, num_local_processes=1)
+    try:
+        check_model(cfg)
+        description.metadata(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return cfg, description

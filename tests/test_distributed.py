@@ -123,9 +123,14 @@ def test_two_processes_have_the_gradients_of_one_with_all_images(drawn, step_con
 # ---- train_net.py
 
 
-def test_torchrun_trains_and_evaluates(coco_dataset, tmp_path):
-    overrides = ["SOLVER.ACCUMULATE", 2]
-    result = run(arguments_for(coco_dataset, tmp_path, iterations=2, overrides=overrides), command=TORCHRUN)
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [(TORCHRUN, []), ([sys.executable, SCRIPT], ["--num-gpus", "2", "--dist-url", "auto"])],
+    ids=["torchrun", "--num-gpus"],
+)
+def test_two_processes_train_and_evaluate(coco_dataset, tmp_path, command, options):
+    overrides = ["SOLVER.ACCUMULATE", 2, "DATALOADER.NUM_WORKERS", 1]
+    result = run(arguments_for(coco_dataset, tmp_path, *options, iterations=2, overrides=overrides), command)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("checkpoint:") == 1
     assert any("segm/AP" in line for line in read_metrics(tmp_path))

@@ -1,6 +1,6 @@
 """Trainings that are killed at moments drawn from a seed, and resumed: all end to the last bit as one that was not.
 
-An hour: `make test-faults`.
+Half an hour: `make test-faults`.
 """
 
 import os
@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -19,43 +18,100 @@ from test_train_net import SCRIPT, arguments_for, read_metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-ITERATIONS = 16
+ITERATIONS = 8
 SMALL = [
-    *("DATALOADER.NUM_WORKERS", "2"),
+    *("DATALOADER.NUM_WORKERS", "1"),
     *("INPUT.CROP.ENABLED", "True"),
     *("INPUT.MIN_SIZE_TRAIN", "(64, 96)"),
     *("INPUT.RANDOM_FLIP", "horizontal"),
-    *("SOLVER.CHECKPOINT_PERIOD", "3"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
+    *("SOLVER.CHECKPOINT_PERIOD", "2"),
     *("SOLVER.MAX_CHECKPOINTS", "2"),
-    *("TEST.EVAL_PERIOD", "6"),
+    *("TEST.EVAL_PERIOD", "4"),
     *("TEST.NUM_PICTURES", "0"),
     *("VIS_PERIOD", "0"),
 ]
-ONE = (sys.executable, SCRIPT)
-LAUNCH = ["--num-gpus", "2", "--dist-url", "auto"]
+PROCESSES = {
+    "one process": (7, [], []),
+    "two batches to a step": (6, [], ["SOLVER.ACCUMULATE", 2]),
+    "two processes": (7, ["--num-gpus", "2", "--dist-url", "auto"], []),
+}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+PATIENCE = 600  # seconds after which something hangs
 
 
-def start(arguments, command=ONE):
-    """Start train_net.py in a session of its own, so that all of its processes can be told from others."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(x) for x in (*command, *arguments)]
-    output = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop it
-    process = subprocess.Popen(
-        command, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    process.output = output
-    return process
+class Program:
+    """train_net.py in a session of its own, so that all of its processes can be told from others."""
+
+    def __init__(self, folder, arguments, command=(sys.executable,)):
+        self.log = folder / "log.txt"
+        self._starts = self.count("Rank of current process")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.output = folder.with_suffix(".output")
+        with open(self.output, "w") as file:  # a pipe that nobody reads would stop it
+            self.process = subprocess.Popen(
+                [str(x) for x in (*command, SCRIPT, *arguments)],
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def count(self, text):
+        """How often the log has a text."""
+        return self.log.read_text().count(text) if self.log.exists() else 0
+
+    def wait_for(self, text, times=1):
+        """Wait until the log has a text so many times, or the program has ended."""
+        end = time.monotonic() + PATIENCE
+        while self.process.poll() is None and self.count(text) < times:
+            assert time.monotonic() < end, self.output.read_text()[-4000:]
+            time.sleep(0.02)
+
+    def wait_for_start(self):
+        """Wait until its programs are loaded; the folder, a checkpoint and the data are to come."""
+        self.wait_for("Rank of current process", self._starts + 1)
+
+    def finish(self, code=0):
+        """Wait for the end; return what was printed."""
+        self.process.wait(PATIENCE)
+        output = self.output.read_text()
+        assert self.process.returncode == code, output[-4000:]
+        return output
+
+    def kill(self):
+        """Send SIGKILL to all processes of the session; return whether it was still running."""
+        running = self.process.poll() is None
+        if running:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        return running
 
 
-def finish(process, code=0):
-    """Wait for the end; return what was printed."""
-    process.wait()
-    with process.output as file:
-        file.seek(0)
-        output = file.read()
-    assert process.returncode == code, output[-4000:]
-    return output
+@pytest.fixture
+def start(coco_dataset, tmp_path):
+    """A function that starts train_net.py in a folder; what still runs after the test is killed."""
+    programs = []
+
+    def start_program(folder, *options, iterations=ITERATIONS, overrides=(), command=(sys.executable,)):
+        arguments = arguments_for(
+            coco_dataset, tmp_path / folder, *options, iterations=iterations, overrides=[*SMALL, *overrides]
+        )
+        programs.append(Program(tmp_path / folder, arguments, command))
+        return programs[-1]
+
+    yield start_program
+    for program in programs:
+        workers = workers_of(program.process.pid) if program.process.poll() is None else []
+        program.kill()
+        for worker in workers:  # torchrun gives each a session of its own
+            os.kill(worker, signal.SIGKILL)
+
+
+def workers_of(pid):
+    """The processes that a process has started."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(x) for x in file.read().split()]
 
 
 def result_of(folder):
@@ -64,97 +120,66 @@ def result_of(folder):
     return checkpoint, [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder)]
 
 
-def kill_after(process, seconds):
-    """Send SIGKILL to all processes of a session; return whether it was still running."""
-    try:
-        process.wait(seconds)
-        return False
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return True
-    finally:
-        process.wait()
-        process.output.close()
+def share_left(folder):
+    """The share of the iterations that the last checkpoint leaves to train, at least a third: then is evaluated."""
+    iterations = [int(x.stem.split("_")[1]) + 1 for x in folder.glob("model_0*.pth")]
+    return max(1 - max(iterations, default=0) / ITERATIONS, 1 / 3)
 
 
-@pytest.mark.parametrize(
-    ("options", "overrides"),
-    [([], []), ([], ["SOLVER.ACCUMULATE", 2]), (LAUNCH, [])],
-    ids=["one process", "two batches to a step", "two processes"],
-)
-def test_killed_at_random_moments_and_resumed(coco_dataset, tmp_path, options, overrides):
-    def arguments(folder, *more):
-        overrides_ = [*SMALL, *overrides]
-        return arguments_for(
-            coco_dataset, tmp_path / folder, *options, *more, iterations=ITERATIONS, overrides=overrides_
-        )
-
+@pytest.mark.parametrize(("kills", "options", "overrides"), PROCESSES.values(), ids=list(PROCESSES))
+def test_killed_at_random_moments_and_resumed(start, tmp_path, kills, options, overrides):
+    program = start("whole", *options, overrides=overrides)
+    program.wait_for_start()
     began = time.monotonic()
-    finish(start(arguments("whole")))
+    program.finish()
     seconds = time.monotonic() - began
     expected = result_of(tmp_path / "whole")
-    # Starting takes most of the time; moments fall anywhere in it, in training, in writing and in evaluation.
+    # Moments fall into the loading of the data and of a checkpoint, training, writing and evaluation.
     generator = random.Random(0)
-    kills = 0
-    while kills < 7:
-        process = start(arguments("parts", "--resume"))
-        if kill_after(process, generator.uniform(0.4, 1.1) * seconds):
-            kills += 1
+    killed = 0
+    while killed < kills:
+        moment = generator.uniform(0, 1) * seconds * share_left(tmp_path / "parts")
+        program = start("parts", "--resume", *options, overrides=overrides)
+        program.wait_for_start()
+        time.sleep(moment)
+        if program.kill():
+            killed += 1
         else:  # it had come to its end: once more from the beginning
+            program.finish()
             assert_same(result_of(tmp_path / "parts"), expected)
             shutil.rmtree(tmp_path / "parts")
-    finish(start(arguments("parts", "--resume")))
+    start("parts", "--resume", *options, overrides=overrides).finish()
     assert_same(result_of(tmp_path / "parts"), expected)
     assert not list((tmp_path / "parts").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_torchrun_restarts_workers_that_are_killed(coco_dataset, tmp_path, seed):
-    arguments = arguments_for(
-        coco_dataset, tmp_path, "--resume", iterations=60, overrides=[*SMALL, "TEST.EVAL_PERIOD", "0"]
-    )
-    process = start(arguments, (*TORCHRUN, "--max-restarts", "3", SCRIPT))
-    generator = random.Random(seed)
-    wait_for_iteration(tmp_path, generator.randint(2, 40))
-    victim = generator.choice(workers_of(process.pid))
-    os.kill(victim, signal.SIGKILL)
-    finish(process)
-    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 59
-    assert (tmp_path / "log.txt").read_text().count("Starting training from iteration") == 2
+def test_torchrun_restarts_workers_that_are_killed_five_times(start, tmp_path):
+    kills, begun, saved = 5, "Starting training from iteration", "Saving checkpoint"
+    settings = {"iterations": 40, "overrides": ["DATASETS.TEST", ()]}
+    program = start("parts", "--resume", command=(*TORCHRUN, "--max-restarts", kills), **settings)
+    generator = random.Random(0)
+    for kill in range(1, kills + 1):
+        program.wait_for(begun, kill)
+        program.wait_for(saved, program.count(saved) + generator.randint(1, 2))
+        time.sleep(generator.uniform(0, 0.2))
+        os.kill(generator.choice(workers_of(program.process.pid)), signal.SIGKILL)
+    program.finish()
+    starts = [int(line.split()[-1]) for line in program.log.read_text().splitlines() if begun in line]
+    assert len(starts) == kills + 1 and starts == sorted(starts)
+    start("whole", *PROCESSES["two processes"][1], **settings).finish()
+    assert_same(result_of(tmp_path / "parts"), result_of(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("options", [[], LAUNCH], ids=["one process", "two processes"])
+@pytest.mark.parametrize("options", [PROCESSES[x][1] for x in ("one process", "two processes")], ids=["one", "two"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_under_way(coco_dataset, tmp_path, options, number):
-    overrides = [*SMALL, "SOLVER.CHECKPOINT_PERIOD", "100000", "TEST.EVAL_PERIOD", "0"]
-    process = start(arguments_for(coco_dataset, tmp_path, *options, iterations=100000, overrides=overrides))
-    wait_for_log(tmp_path, "iter: 19 ")
-    os.kill(process.pid, number)
-    output = finish(process, code=128 + number)
-    (checkpoint,) = tmp_path.glob("model_*.pth")
+def test_a_signal_saves_the_step_under_way(start, tmp_path, options, number):
+    overrides = ["SOLVER.CHECKPOINT_PERIOD", 100000, "TEST.EVAL_PERIOD", 0]
+    program = start("output", *options, iterations=100000, overrides=overrides)
+    program.wait_for("iter: 19 ")
+    os.kill(program.process.pid, number)
+    output = program.finish(code=128 + number)
+    (checkpoint,) = (tmp_path / "output").glob("model_*.pth")
     assert torch.load(checkpoint, weights_only=True)["trainer"]["iteration"] >= 19
     (line,) = [line for line in output.splitlines() if line.startswith("Resume with:")]
     assert "train_net.py --resume --config-file" in line
     assert "Traceback" not in output
-
-
-def wait_for_log(folder, text, seconds=300):
-    """Wait until the log of a run has a text."""
-    end = time.monotonic() + seconds
-    while not (folder / "log.txt").exists() or text not in (folder / "log.txt").read_text():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def wait_for_iteration(folder, iteration):
-    """Wait until a checkpoint of the iteration or a later one is there."""
-    end = time.monotonic() + 300
-    while not any(int(x.stem.split("_")[1]) >= iteration for x in folder.glob("model_0*.pth")):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def workers_of(pid):
-    """The processes that a process has started."""
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(x) for x in file.read().split()]

@@ -1,10 +1,11 @@
 """Numbers of processes, and errors that end a program in a sentence."""
 
+import multiprocessing
 import sys
 
 import pytest
 
-from mnc_d2.engine import argument_parser, count_processes, one_sentence, say_how_to_resume
+from mnc_d2.engine import argument_parser, count_processes, launch, one_sentence, say_how_to_resume
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,28 @@ def test_number_of_processes(arguments, expected):
         (["--num-machines", "0"], "0 machines"),
         (["--num-gpus", "-1"], "-1 processes"),
         (["--num-machines", "2", "--dist-url", "auto"], "--dist-url auto is for one machine"),
-        (["--dist-timeout", "0"], "--dist-timeout must be positive, got 0"),
     ],
 )
 def test_processes_that_cannot_be_are_an_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         count_processes(argument_parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e300", "soon"])
+def test_a_timeout_is_a_time(seconds, capsys):
+    with pytest.raises(SystemExit):
+        argument_parser().parse_args(["--dist-timeout", seconds])
+    assert "--dist-timeout" in capsys.readouterr().err
+
+
+def test_processes_of_the_launcher_start_their_own_as_without_it():
+    before, methods = multiprocessing.get_start_method(), []
+    multiprocessing.set_start_method("spawn", force=True)  # as in a process that was spawned
+    try:
+        launch._run_launched(lambda _: methods.append(multiprocessing.get_start_method()), None, before)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert methods == [before]
 
 
 def test_an_error_of_the_given_types_is_one_sentence(monkeypatch, capsys):

@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 
 from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import MNCTrainer
-from mnc_d2.engine.hooks import MetricsFile
+from mnc_d2.engine.hooks import MetricsFile, scalars_of
 
 ITERATIONS = 5
 # Times, and the size of the file with their digits.
@@ -250,3 +250,9 @@ class HalfFile:
 
     def __getattr__(self, name):
         return getattr(self.file, name)
+
+
+def test_times_of_an_earlier_process_are_not_taken_up():
+    with EventStorage() as storage:
+        storage.put_scalars(loss=1.0, time=2.0)
+        assert scalars_of(storage).keys() == {"loss"}

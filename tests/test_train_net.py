@@ -49,10 +49,13 @@ OVERRIDES = [
 
 
 def run(arguments, command=(sys.executable, SCRIPT)):
-    """Run train_net.py in a process of its own, on the CPU, by a command that the arguments are appended to."""
+    """Run train_net.py in a process of its own, on the CPU, by a command that the arguments are appended to.
+
+    Ten minutes are many times what it takes; they are there to end one that hangs.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [str(x) for x in (*command, *arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
 
 
 def run_or_fail(arguments):

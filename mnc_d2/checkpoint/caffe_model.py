@@ -50,7 +50,7 @@ def _read_hdf5(path: str | os.PathLike) -> dict[str, list[np.ndarray]]:
                 name: [np.asarray(group[index], dtype=np.float32) for index in sorted(group, key=int)]
                 for name, group in file["data"].items()
             }
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # h5py raises all kinds on damaged files
         raise ValueError(f"{path} is an HDF5 file, but not a Caffe model, or it is damaged: {error}") from error
 
 

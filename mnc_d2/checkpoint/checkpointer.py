@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import pickle
 import re
 import zipfile
 from collections import Counter
@@ -19,14 +18,15 @@ from tabulate import tabulate
 
 from ..files import open_atomically
 from ..messages import first_few
+from ..pickled import read_pickle
 from .conversion import convert_torchvision_vgg16, copy_to_all, rename_heads_of_passes
 
 
 class MNCCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which also
 
-    - refuses to run code from a checkpoint: all but ``.pkl`` and ``.pyth`` files, which are read as Detectron2 does
-      (its model zoo is pickled), may hold tensors and plain Python values only;
+    - refuses to run code from a checkpoint: it may hold tensors, arrays and plain Python values only, also as ``.pkl``
+      (the model zoos of Detectron2 and Detectron) and ``.pyth`` (pycls);
     - loads a torchvision VGG-16 trained on ImageNet, see
       :func:`~mnc_d2.checkpoint.conversion.convert_torchvision_vgg16`;
     - starts both paths of MNC's classifier from the same weights, such as res5 of an ImageNet ResNet, where Detectron2
@@ -134,13 +134,38 @@ class MNCCheckpointer(DetectionCheckpointer):
         """Load as Detectron2 does.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: the file is not a whole checkpoint that fits the model; the message names it and says why.
         """
         self._source = path
         try:
             return super().load(path, *args, **kwargs)
+        except AssertionError as error:  # what Detectron2 says of a file that is not there
+            raise FileNotFoundError(f"The checkpoint {path} does not exist: {error}") from error
         finally:
             self._parsed_url_during_load = None  # Detectron2 leaves it after an error, and then loads nothing any more
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """Read a file of any format that Detectron2 knows, as it does but without running code.
+
+        Raises:
+            ValueError: the file is no checkpoint of its format; the message names it.
+        """
+        if filename.endswith(".pkl"):
+            content = read_pickle(filename)
+            if "model" in content and "__author__" in content:
+                _check_weights(filename, content["model"])
+                return content
+            weights = content.get("blobs", content)  # of Detectron, whose ImageNet models have no "blobs"
+            _check_weights(filename, weights)
+            weights = {name: x for name, x in weights.items() if not name.endswith("_momentum")}
+            return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        if filename.endswith(".pyth"):
+            weights = _read_torch(filename).get("model_state")
+            _check_weights(filename, weights)
+            weights = {name: x for name, x in weights.items() if not name.endswith("num_batches_tracked")}
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         """Read a file of ``torch.save``; return a state dict, or a dict that has one as "model".
@@ -148,29 +173,11 @@ class MNCCheckpointer(DetectionCheckpointer):
         Raises:
             ValueError: the file holds more than tensors and plain values, is damaged, or has no state dict.
         """
-        damage = _find_damage(f)
-        if damage:
-            raise ValueError(f"The checkpoint {f} {damage}.")
-        try:
-            # Plain values: the optimiser's and the scheduler's state, which a training resumes from.
-            loaded = torch.load(f, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"The checkpoint {f} cannot be loaded: it is damaged, or holds Python objects besides tensors, which "
-                "could run any code. If you trust it, open it with the program that made it and save the weights "
-                "alone, by torch.save(model.state_dict(), path)."
-            ) from error
-        if not isinstance(loaded, dict):
-            raise ValueError(f"The checkpoint {f} holds a {type(loaded).__name__} where a state dict should be.")
+        loaded = _read_torch(f)
         # PyTorch's ImageNet example saves under this name.
         if "model" not in loaded and isinstance(loaded.get("state_dict"), dict):
             loaded = loaded["state_dict"]
-        state = loaded.get("model", loaded)
-        if not isinstance(state, Mapping):
-            raise ValueError(f"The checkpoint {f} holds a {type(state).__name__} where a state dict should be.")
-        for name, value in state.items():
-            if not isinstance(value, (torch.Tensor, np.ndarray)):
-                raise ValueError(f"The checkpoint {f} holds a {type(value).__name__} {name!r} among the weights.")
+        _check_weights(f, loaded.get("model", loaded))
         return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]):
@@ -249,6 +256,39 @@ def module_of(key: str) -> str:
     """Return the part that a parameter belongs to: "backbone", "roi_heads.box_head", "roi_heads.passes.0.mask_head"."""
     match = re.match(r"(roi_heads\.passes\.\d+\.(?:classifier\.)?\w+|roi_heads\.\w+|\w+)\.", key)
     return match[1] if match else key
+
+
+def _read_torch(path: str) -> dict[str, Any]:
+    """Read a dict from a file of ``torch.save``; errors are those of :meth:`MNCCheckpointer._torch_load`."""
+    damage = _find_damage(path)
+    if damage:
+        raise ValueError(f"The checkpoint {path} {damage}.")
+    try:
+        # Plain values: the optimiser's and the scheduler's state, which a training resumes from.
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file leads to errors of all kinds
+        raise ValueError(
+            f"The checkpoint {path} cannot be loaded: it is damaged, or holds Python objects besides tensors, which "
+            "could run any code. If you trust it, open it with the program that made it and save the weights "
+            "alone, by torch.save(model.state_dict(), path)."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"The checkpoint {path} holds a {type(loaded).__name__} where a state dict should be.")
+    return loaded
+
+
+def _check_weights(path: str, weights: Any) -> None:
+    """Raise a ValueError if the weights of a checkpoint are not tensors or arrays by name."""
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"The checkpoint {path} holds a {type(weights).__name__} where a state dict should be.")
+    if not weights:
+        raise ValueError(f"The checkpoint {path} holds no weights.")
+    for name, value in weights.items():
+        kind = None if isinstance(value, (torch.Tensor, np.ndarray)) else type(value).__name__
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_meta):
+            kind = "sparse tensor" if value.layout != torch.strided else "tensor without content"
+        if kind or not isinstance(name, str):
+            raise ValueError(f"The checkpoint {path} holds a {kind or 'tensor'} {name!r} among the weights.")
 
 
 def _find_damage(path: str) -> str | None:

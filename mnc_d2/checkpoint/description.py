@@ -69,15 +69,38 @@ class ModelDescription:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelDescription:
-        """Return what :func:`dataclasses.asdict` made a dict of; entries of later versions are left out."""
-        return cls(**{x.name: values[x.name] for x in fields(cls) if x.name in values})
+        """Return what :func:`dataclasses.asdict` made a dict of; entries of later versions are left out.
+
+        Raises:
+            ValueError: it is no such dict.
+        """
+        if not isinstance(values, dict) or not isinstance(values.get("config"), str):
+            raise ValueError("what it says of its model is no description with a config")
+        description = cls(**{x.name: values[x.name] for x in fields(cls) if x.name in values})
+        for name, is_right in (
+            ("class_names", lambda x: isinstance(x, str)),
+            ("class_colors", lambda x: isinstance(x, list) and len(x) == 3 and all(0 <= i <= 255 for i in x)),
+            ("category_ids", lambda x: isinstance(x, int)),
+        ):
+            entries = getattr(description, name)
+            if not isinstance(entries, list) or not all(map(is_right, entries)):
+                raise ValueError(f"what it says of its model has {name} {entries}")
+        return description
 
     def metadata(self, num_classes: int) -> Metadata:
         """Return the metadata of the classes, as Detectron2's visualizers take it, in no catalog.
 
         Args:
             num_classes: of the model. Where names are not known, they are "0", "1", ...
+
+        Raises:
+            ValueError: names, colours or ids are of another number of classes.
         """
+        for name in ("class_names", "class_colors", "category_ids"):
+            if len(getattr(self, name)) not in (0, num_classes):
+                raise ValueError(f"The model has {num_classes} classes, and {len(getattr(self, name))} {name}.")
+        if len(set(self.category_ids)) < len(self.category_ids):
+            raise ValueError(f"The model has category_ids {self.category_ids}: two classes are one.")
         names = self.class_names or [str(i) for i in range(num_classes)]
         metadata = Metadata(name=self.dataset, thing_classes=names)
         if self.class_colors:
@@ -128,7 +151,10 @@ def read_description(path: str) -> ModelDescription:
     if not file.endswith((".pkl", ".pyth")):  # formats of other projects
         description = read_checkpoint(file).get(DESCRIPTION_KEY, {})
     if description:
-        return ModelDescription.from_dict(description)
+        try:
+            return ModelDescription.from_dict(description)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"The checkpoint {path} is damaged: {error}.") from error
     config = os.path.join(os.path.dirname(file), "config.yaml")
     if not os.path.isfile(config):
         raise FileNotFoundError(

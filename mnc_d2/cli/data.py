@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("Add --output and a folder for the files.")
     if args.split is not None and args.subset and len(args.subset) > 1:
         raise ValueError("--split divides one set: leave out --subset, or name one.")
+    if args.augmentations is not None and args.augmentations < 1:
+        raise ValueError(f"--augmentations must be at least 1, got {args.augmentations}.")
     for subset in args.subset or [None]:
         images = args.images or (find_images(args.data) if is_coco and os.path.isfile(args.data) else None)
         file, images = convert_dataset(args.data, args.output or "", image_root=images, subset=subset)

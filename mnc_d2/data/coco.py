@@ -11,6 +11,7 @@ import pycocotools.mask as mask_util
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
+from detectron2.utils.logger import log_first_n
 
 from ..messages import first_few
 from .coco_checks import check_coco_dataset
@@ -26,6 +27,8 @@ def register_coco_dataset(name: str, json_file: str, image_root: str, *, check_f
 
     Category ids are mapped to 0, 1, ... by ascending id. An instance with a mask and no bbox gets the mask's tight box;
     one with a bbox and no mask is kept for mixed supervision. Crowd annotations are kept, for the evaluator to ignore.
+    Annotations whose mask covers no pixel, or whose box has no area, are left out of training, with a warning, and stay
+    in the evaluation.
 
     Beside Detectron2's keys the metadata has `has_all_masks`: whether every annotation has a segmentation, without
     which COCOEvaluator can evaluate boxes only. `json_file` is set only if COCOEvaluator can read the file as it is;
@@ -49,7 +52,7 @@ def register_coco_dataset(name: str, json_file: str, image_root: str, *, check_f
             return
         raise ValueError(f"A dataset named '{name}' is registered already, from other files. Choose another name.")
 
-    dataset = check_coco_dataset(json_file, image_root, files=check_files)
+    dataset, empty = check_coco_dataset(json_file, image_root, files=check_files)
     annotations = dataset["annotations"]
     categories = {category["id"]: category["name"] for category in dataset["categories"]}
     metadata = MetadataCatalog.get(name).set(
@@ -62,7 +65,7 @@ def register_coco_dataset(name: str, json_file: str, image_root: str, *, check_f
     )
     if all(_is_complete(anno) for anno in annotations):
         metadata.json_file = json_file
-    DatasetCatalog.register(name, lambda: _load(name, json_file, image_root))
+    DatasetCatalog.register(name, lambda: _load(name, json_file, image_root, empty))
     logger.info(
         f"Registered '{name}': {len(dataset['images'])} images, {len(annotations)} annotations, "
         f"{len(categories)} classes"
@@ -115,8 +118,12 @@ def _summary(classes: Sequence[str]) -> str:
     return f"{len(classes)} ({first_few(classes)})"
 
 
-def _load(name: str, json_file: str, image_root: str) -> list[dict[str, Any]]:
-    """Load the records as Detectron2 does and give each instance a box."""
+def _load(name: str, json_file: str, image_root: str, empty: list[int]) -> list[dict[str, Any]]:
+    """Load the records as Detectron2 does and give each instance a box; warn of those whose ids ``empty`` has."""
+    if empty:
+        # Once in a process, and not before a run has set up its log.
+        message = f"{json_file}: annotations that cover no pixel are left out of training; ids: {first_few(empty)}."
+        log_first_n(logging.WARNING, message, name=__name__, key="message")
     records = load_coco_json(json_file, image_root, name)
     for record in records:
         for anno in record["annotations"]:

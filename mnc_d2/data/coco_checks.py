@@ -12,18 +12,28 @@ from tqdm import tqdm
 
 from ..messages import first_few
 from .images import ImageError, read_image_size
-from .masks import MAX_REACH, find_mask_problem, finite_numbers, is_integer, reaches_far_out
+from .masks import MAX_REACH, NO_PIXEL, find_mask_problem, finite_numbers, is_integer, reaches_far_out
 
 __all__ = ["check_coco_dataset", "check_images", "find_problem", "is_text", "read_coco_file"]
 
+_NO_AREA = "whose bbox has no width or no height"
+# What COCO's own files have a few of: nothing to train on, and nothing wrong with the rest.
+_EMPTY = (NO_PIXEL, _NO_AREA)
 
-def check_coco_dataset(json_file: str, image_root: str, files: bool = True) -> dict[str, list[dict[str, Any]]]:
-    """Read a file in COCO's instance format, check all of it, and return it.
+
+def check_coco_dataset(
+    json_file: str, image_root: str, files: bool = True
+) -> tuple[dict[str, list[dict[str, Any]]], list[int]]:
+    """Read a file in COCO's instance format and check all of it.
 
     Args:
         json_file: path of the annotations.
         image_root: folder to which the file names in the annotations are relative.
         files: whether to read the header of every image.
+
+    Returns:
+        what is in the file, and the ids of annotations with a mask that covers no pixel or a box without area, which
+        cannot be trained on.
 
     Raises:
         FileNotFoundError: `json_file`, `image_root` or an image is missing.
@@ -33,8 +43,7 @@ def check_coco_dataset(json_file: str, image_root: str, files: bool = True) -> d
     dataset = read_coco_file(json_file)
     categories = _check_categories(json_file, dataset["categories"])
     images = check_images(json_file, image_root, dataset["images"], files)
-    _check_annotations(json_file, dataset["annotations"], images, categories)
-    return dataset
+    return dataset, _check_annotations(json_file, dataset["annotations"], images, categories)
 
 
 def read_coco_file(json_file: str) -> dict[str, list[dict[str, Any]]]:
@@ -141,8 +150,8 @@ def check_images(
 
 def _check_annotations(
     json_file: str, annotations: list[dict[str, Any]], images: dict[Any, tuple[int, int]], categories: dict[int, str]
-) -> None:
-    """Raise ValueError for the first kind of problem found, with the ids of all annotations that have it.
+) -> list[int]:
+    """Return the ids of annotations that cover no pixel; of those that are wrong, raise ValueError for the first kind.
 
     On a terminal a bar shows the progress.
     """
@@ -151,10 +160,15 @@ def _check_annotations(
         problem = find_problem(anno, images, categories)
         if problem is not None:
             problems[problem].append(anno["id"])
+    empty = {i for problem in _EMPTY for i in problems.pop(problem, ())}
     for problem, ids in problems.items():
         _reject(json_file, ids, f"annotations {problem}; ids", "Correct or remove them.")
-    if not any(anno.get("iscrowd", 0) == 0 for anno in annotations):
-        raise ValueError(f"{json_file}: no annotation is usable, as there is none but crowds. Annotate instances.")
+    if not any(anno.get("iscrowd", 0) == 0 and anno["id"] not in empty for anno in annotations):
+        raise ValueError(
+            f"{json_file}: no annotation is usable, as there is none but crowds and such that cover no pixel. "
+            "Annotate instances."
+        )
+    return sorted(empty)
 
 
 def find_problem(anno: dict[str, Any], images: dict[Any, tuple[int, int]], categories: dict[int, str]) -> str | None:
@@ -164,14 +178,15 @@ def find_problem(anno: dict[str, Any], images: dict[Any, tuple[int, int]], categ
         return "whose image_id is not among the images"
     if not is_integer(category_id) or category_id not in categories:
         return "whose category_id is not among the categories"
-    problem = _find_flag_problem(anno)
-    if problem is None and "bbox" in anno:
-        problem = _find_box_problem(anno["bbox"], *images[image_id])
-    if problem is None and anno.get("segmentation"):
-        problem = find_mask_problem(anno["segmentation"], *images[image_id])
-    if problem is None and "bbox" not in anno and not anno.get("segmentation"):
-        problem = "with neither segmentation nor bbox"
-    return problem
+    problems = [_find_flag_problem(anno)]
+    if "bbox" in anno:
+        problems.append(_find_box_problem(anno["bbox"], *images[image_id]))
+    if anno.get("segmentation"):
+        problems.append(find_mask_problem(anno["segmentation"], *images[image_id]))
+    if "bbox" not in anno and not anno.get("segmentation"):
+        problems.append("with neither segmentation nor bbox")
+    # An annotation that covers no pixel may have worse.
+    return min(filter(None, problems), key=lambda x: x in _EMPTY, default=None)
 
 
 def _find_flag_problem(anno: dict[str, Any]) -> str | None:
@@ -193,8 +208,10 @@ def _find_box_problem(bbox: Any, height: int, width: int) -> str | None:
     if values is None or len(values) != 4:
         return "whose bbox is not four finite numbers (x, y, width, height)"
     x, y, w, h = values
-    if w <= 0 or h <= 0:
-        return "whose bbox has zero or negative width or height"
+    if w < 0 or h < 0:
+        return "whose bbox has negative width or height"
+    if w == 0 or h == 0:
+        return _NO_AREA
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return "whose bbox lies outside the image"
     if reaches_far_out(values, height, width):

@@ -110,6 +110,8 @@ def check_mask_proposals_file(path: str | os.PathLike) -> None:
         )
     with _named(path), zipfile.ZipFile(path) as archive:
         shapes, dtypes = zip(*(_read_header(archive, f"{name}.npy") for name in ("boxes", "masks", "scores")))
+    if not all(np.issubdtype(dtype, np.number) and dtype.kind != "c" for dtype in (dtypes[0], dtypes[2])):
+        raise ValueError(f"Mask proposals {path}: boxes and scores must be numbers, got {dtypes[0]} and {dtypes[2]}")
     _check_shapes(*shapes, dtypes[1], path)
 
 

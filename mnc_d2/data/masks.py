@@ -8,6 +8,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 
 MAX_REACH = 4  # image sizes that coordinates may reach out of the image
+NO_PIXEL = "whose segmentation covers no pixel"
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def find_mask_problem(segmentation: Any, height: int, width: int) -> str | None:
     else:
         problem = _find_rle_problem(segmentation, height, width)
     if problem is None and mask_util.area(to_rle(segmentation, height, width)) == 0:
-        problem = "whose segmentation covers no pixel"
+        problem = NO_PIXEL
     return problem
 
 

@@ -28,8 +28,8 @@ def check_folder(folder: str, resume: bool) -> None:
     """
     try:
         os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"OUTPUT_DIR {folder} cannot be made: {error.strerror}.") from error
+    except (OSError, ValueError) as error:  # of a zero byte
+        raise OSError(f"OUTPUT_DIR {folder} cannot be made: {getattr(error, 'strerror', error)}.") from error
     if not resume:
         names = [*glob.glob("*.pth", root_dir=folder), "last_checkpoint", "metrics.json"]
         used = [x for x in names if os.path.isfile(os.path.join(folder, x)) and os.path.getsize(f"{folder}/{x}")]

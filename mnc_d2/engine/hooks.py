@@ -115,6 +115,8 @@ def scalars_of(storage: EventStorage) -> dict[str, dict[str, Any]]:
     """Return the scalars of the last iterations, as far as writers use them; plain values."""
     scalars = {}
     for name, history in storage.histories().items():
+        if name == "time":
+            continue  # of this process: Detectron2 measures none in its first iterations, after a resume neither
         last = history.values()[-1][1]
         scalars[name] = {
             "values": [list(x) for x in history.values()[-WINDOW:] if x[1] > last - WINDOW],

@@ -48,12 +48,19 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dist-timeout",
-        type=float,
+        type=_seconds,
         default=1800,
         metavar="SECONDS",
         help="of several processes, how long one waits for the others before the run ends (default 30 minutes)",
     )
     return parser
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e8:
+        raise argparse.ArgumentTypeError(f"must be positive, and less than three years, got {text}")
+    return value
 
 
 def run_processes(
@@ -93,18 +100,25 @@ def run_processes(
             signal.signal(number, _forward)
     try:
         launch(
-            main,
+            _run_launched,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
+            args=(main, args, multiprocessing.get_start_method()),
             timeout=timedelta(seconds=args.dist_timeout),
         )
     except ProcessExitedException as error:  # it has said why
         sys.exit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code)
     except ProcessRaisedException as error:
         sys.exit(str(error))
+
+
+def _run_launched(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, start_method: str) -> None:
+    # A process that was spawned would spawn the workers of its data loaders too, each of which then imports everything
+    # anew, and once more in every evaluation. They are started as without a launcher.
+    multiprocessing.set_start_method(start_method, force=True)
+    main(args)
 
 
 def _forward(number: int, frame) -> None:
@@ -150,8 +164,6 @@ def count_processes(args: argparse.Namespace) -> tuple[int, int]:
     Raises:
         ValueError: both torchrun and the arguments give a number, or the arguments contradict each other.
     """
-    if args.dist_timeout <= 0:
-        raise ValueError(f"--dist-timeout must be positive, got {args.dist_timeout}.")
     if not started_by_torchrun():
         if args.num_machines < 1 or args.num_gpus < 0:
             raise ValueError(f"There cannot be {args.num_machines} machines with {args.num_gpus} processes each.")
@@ -178,8 +190,16 @@ def check_device(cfg: CfgNode, num_local_processes: int) -> None:
         ValueError: they cannot; the message says why.
     """
     num_gpus = torch.cuda.device_count()
-    if cfg.MODEL.DEVICE.startswith("cuda") and num_gpus == 0:
-        raise ValueError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}", but PyTorch finds no GPU on this machine.')
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+        if device.type != "cuda":  # GPUs are left to the processes that use them
+            torch.zeros(1, device=device).item()
+    except Exception as error:  # RuntimeError, NotImplementedError, AssertionError, by the kind of device
+        reason = str(error).splitlines()[0]
+        raise ValueError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}", which PyTorch cannot use: {reason}') from error
+    if device.type == "cuda" and num_gpus <= (device.index or 0):
+        found = f"{num_gpus} GPUs" if num_gpus else "no GPU"
+        raise ValueError(f'MODEL.DEVICE is "{cfg.MODEL.DEVICE}", but PyTorch finds {found} on this machine.')
     if num_gpus == 0 or num_local_processes <= 1:
         return
     # Where there are GPUs the processes talk over NCCL, which knows no CPU tensors and one process a GPU.
@@ -207,7 +227,13 @@ def join_torchrun(timeout: timedelta) -> None:
         timeout: after which a process that waits for others gives up.
     """
     on_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        # After a restart the store still has where the processes before could be reached: whoever reads that waits for
+        # ever. Counts of several machines may differ.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     if on_gpu:
         # More processes than GPUs are an error, but for check_device to explain.

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
@@ -60,6 +61,7 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
         file = get_config_file(name_or_file)
         with _named_errors(file):
             cfg.merge_from_file(file, allow_unsafe=False)
+            _refuse_bombs(cfg)
     merge_overrides(cfg, overrides)
     return cfg
 
@@ -78,6 +80,7 @@ def parse_config(text: str, source: str) -> CfgNode:
     add_mnc_config(cfg)
     with _named_errors(source):
         cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
+        _refuse_bombs(cfg)
     return cfg
 
 
@@ -89,6 +92,21 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
     """
     with _named_errors("KEY VALUE overrides"):
         cfg.merge_from_list(list(overrides))
+
+
+def _refuse_bombs(cfg: CfgNode) -> None:
+    """Raise a ValueError if aliases of aliases make lists so long that nothing comes to an end with them."""
+    sizes: dict[int, int] = {}
+
+    def size(value: Any) -> int:
+        if not isinstance(value, (dict, list, tuple)):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = sum(map(size, value.values() if isinstance(value, dict) else value))
+        return sizes[id(value)]
+
+    if size(cfg) > 10**6:
+        raise ValueError(f"it stands for {size(cfg)} values, by aliases of aliases")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from PIL import Image
 
-from mnc_d2.data import num_classes_from_datasets, register_coco_dataset
+from mnc_d2.data import MNCDatasetMapper, num_classes_from_datasets, register_coco_dataset
 from mnc_d2.data.masks import find_mask_problem, run_lengths
 
 H, W = 30, 40
@@ -286,8 +286,8 @@ SQUARE = encoded(rectangle(5, 5, 20, 20))
         ({"bbox": [1, 2, 3, math.nan]}, "bbox is not four finite numbers"),
         ({"bbox": [1, 2, 3, math.inf]}, "bbox is not four finite numbers"),
         ({"bbox": [1, 2, 3, "4"]}, "bbox is not four finite numbers"),
-        ({"bbox": [1, 2, 0, 4]}, "bbox has zero or negative width or height"),
-        ({"bbox": [1, 2, 3, -4]}, "bbox has zero or negative width or height"),
+        ({"bbox": [1, 2, 3, -4]}, "bbox has negative width or height"),
+        ({"bbox": [1, 2, 0, 4], "segmentation": [[1, 1, 5, 5]]}, "fewer than three points"),
         ({"bbox": [W, 2, 3, 4]}, "bbox lies outside the image"),
         ({"bbox": [-5, 2, 5, 4]}, "bbox lies outside the image"),
         ({"segmentation": [[1, 1, 5, 5]]}, "fewer than three points or an odd number"),
@@ -303,10 +303,6 @@ SQUARE = encoded(rectangle(5, 5, 20, 20))
         ({"segmentation": corrupted(SQUARE, lambda counts: "o" * 20)}, "counts do not add up"),
         ({"segmentation": {"size": [H, W], "counts": [5, 5]}}, "counts do not add up"),
         ({"segmentation": {"size": [H, W], "counts": [5, -5, H * W]}}, "counts do not add up"),
-        ({"segmentation": encoded(rectangle(0, 0, 0, 0))}, "segmentation covers no pixel"),
-        ({"segmentation": {"size": [H, W], "counts": [H * W]}}, "segmentation covers no pixel"),
-        ({"segmentation": [[5, 5, 5, 5, 5, 5]]}, "segmentation covers no pixel"),
-        ({"segmentation": [[W + 5, 5, W + 9, 5, W + 9, 9]]}, "segmentation covers no pixel"),
         # pycocotools ends the process with SIGSEGV.
         ({"segmentation": [[1, 1, 3e7, 5, 5, 9]]}, "polygon that reaches more than 4 image sizes out"),
         ({"segmentation": [[1, 1, 1e9, 5, 5, 9]]}, "polygon that reaches more than 4 image sizes out"),
@@ -333,6 +329,35 @@ def test_bad_annotation_is_named(dataset, tmp_path, change, message):
     assert "test_set" not in DatasetCatalog
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"segmentation": encoded(rectangle(0, 0, 0, 0))},
+        {"segmentation": {"size": [H, W], "counts": [H * W]}},
+        {"segmentation": [[5, 5, 5, 5, 5, 5]]},
+        {"segmentation": [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]], "bbox": [5.1, 5.1, 0.1, 0.1]},
+        {"segmentation": [[W + 5, 5, W + 9, 5, W + 9, 9]]},
+        {"bbox": [1, 2, 0, 4]},
+        {"bbox": [1, 2, 3, 0]},
+    ],
+)
+def test_an_annotation_without_a_pixel_is_left_out_of_training_with_a_warning(dataset, tmp_path, caplog, change):
+    dataset["annotations"][0].update(change)
+    register(dataset, tmp_path)
+    DatasetCatalog.get("test_set")
+    record = DatasetCatalog.get("test_set")[0]
+    mapper = MNCDatasetMapper(True, augmentations=[], image_format="BGR", use_instance_mask=True)
+    assert mapper(record)["instances"].gt_classes.tolist() == [0]  # that of annotation 12
+    (warning,) = [x.getMessage() for x in caplog.records if "no pixel" in x.getMessage()]
+    assert "annotations.json: annotations that cover no pixel" in warning and "ids: 11." in warning
+
+
+def test_annotations_without_a_pixel_alone_are_no_dataset(dataset, tmp_path):
+    dataset["annotations"] = [{**dataset["annotations"][0], "segmentation": [[5, 5, 5, 5, 5, 5]]}]
+    with pytest.raises(ValueError, match="no annotation is usable"):
+        register(dataset, tmp_path)
+
+
 def test_outlines_of_many_points_are_no_problem():
     """One of a point for every pixel along it, in the corner where x and y differ most."""
     angles = np.linspace(0, 2 * np.pi, 20_000)
@@ -347,7 +372,7 @@ def test_instance_with_neither_mask_nor_box(dataset, tmp_path):
 
 
 def test_at_most_five_ids_are_listed(dataset, tmp_path):
-    template = {**dataset["annotations"][0], "bbox": [0, 0, 0, 0]}
+    template = {**dataset["annotations"][0], "bbox": [0, 0, -1, 0]}
     dataset["annotations"] = [{**template, "id": i} for i in range(1, 9)]
     with pytest.raises(ValueError, match=r"ids: 1, 2, 3, 4, 5, \.\.\. \(8 in all\)"):
         register(dataset, tmp_path)

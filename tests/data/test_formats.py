@@ -136,7 +136,7 @@ def test_yolo_as_roboflow_writes_it_and_lists_of_images(yolo, tmp_path):
         ("0 0 0 nan 0 1 1", "not between 0 and 1"),
         ("0 0 0 x 0 1 1", "could not convert string to float: 'x'"),
         ("0 0.5 0.5 0.5 0.5 0.5 0.5", "segmentation covers no pixel"),
-        ("0 0.5 0.5 0 0.2", "zero or negative width"),
+        ("0 0.5 0.5 0 0.2", "no width or no height"),
     ],
 )
 def test_a_bad_line_of_yolo_is_named(yolo, tmp_path, line, message):

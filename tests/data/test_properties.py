@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
@@ -130,7 +131,18 @@ def test_the_valid_dataset_is_valid(folder):
 @given(dataset=datasets())
 def test_a_damaged_dataset_is_refused_in_a_sentence_or_loses_no_instance(folder, dataset):
     for record, instances in use(json.dumps(dataset), folder) or ():
-        assert len(instances) == sum(anno.get("iscrowd", 0) == 0 for anno in record["annotations"])
+        assert len(instances) == sum(is_instance(anno) for anno in record["annotations"])
+
+
+def is_instance(annotation):
+    """Whether it is one to train on: no crowd, with a box that has an area and, if any, a mask that has a pixel."""
+    masks = annotation.get("segmentation") or []
+    if isinstance(masks, list):
+        masks = mask_util.frPyObjects(masks, H, W) if masks else masks
+    elif isinstance(masks["counts"], list):
+        masks = mask_util.frPyObjects(masks, H, W)
+    has_pixel = not masks or np.any(mask_util.area(masks) > 0)
+    return not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) > 0 and bool(has_pixel)
 
 
 @PROFILE

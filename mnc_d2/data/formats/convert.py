@@ -61,6 +61,8 @@ def convert_dataset(
     if not path.exists():
         raise FileNotFoundError(f"The dataset {path} does not exist. Check the path.")
     is_yaml = path.is_file() and path.suffix in (".yaml", ".yml")
+    if path.is_file() and not is_yaml and subset is not None:
+        raise ValueError(f"{path} is one file, which has no subset {subset!r}. Leave out the subset.")
     coco_file = _find_coco_file(path, subset) if path.is_dir() else path
     if coco_file is not None and not is_yaml:
         root = str(image_root or _find_image_root(coco_file))

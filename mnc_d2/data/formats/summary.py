@@ -68,7 +68,7 @@ def describe_dataset(json_file: str | os.PathLike, image_root: str | os.PathLike
     Raises:
         FileNotFoundError, ValueError: as of :func:`mnc_d2.data.register_coco_dataset`.
     """
-    dataset = check_coco_dataset(os.fspath(json_file), os.fspath(image_root))
+    dataset, _ = check_coco_dataset(os.fspath(json_file), os.fspath(image_root))
     images = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
     names = {x["id"]: x["name"] for x in sorted(dataset["categories"], key=lambda x: x["id"])}
     real = [anno for anno in dataset["annotations"] if not anno.get("iscrowd", 0)]
