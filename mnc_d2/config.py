@@ -181,8 +181,8 @@ def add_mnc_config(cfg: CN) -> None:
     # state dict (.pth, .safetensors), "package:NAME" for the one in the installed Python package NAME, or "" for none.
     timm.WEIGHTS = ""
 
-    # At inference proposals are left out to which the RPN gives less than this probability of being an object, but for
-    # the best TEST.DETECTIONS_PER_IMAGE; 0 for none.
+    # At inference proposals are left out to which the RPN gives less than this probability of being an object; but the
+    # best, twice TEST.DETECTIONS_PER_IMAGE, always stay. 0 for all.
     mnc.PROPOSAL_MIN_SCORE = 0.0
     # At inference a box goes on to the next pass only if the pass before gives it at least this probability of being
     # foreground, at box or at mask level. This saves work and costs less than 0.1 AP (docs/speed.md); 0 for all boxes.

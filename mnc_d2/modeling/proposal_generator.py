@@ -54,7 +54,7 @@ class CausalRPN(RPN):
             "gradients": CausalGradients.from_config(cfg),
             "roi_anchor_loss": cfg.MODEL.MNC.ROI_ANCHOR_LOSS,
             "min_score": cfg.MODEL.MNC.PROPOSAL_MIN_SCORE,
-            "min_proposals": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "min_proposals": 2 * cfg.TEST.DETECTIONS_PER_IMAGE,
         }
 
     def predict_proposals(
