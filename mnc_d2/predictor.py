@@ -121,7 +121,6 @@ def load_model_config(
     check_device(cfg, num_local_processes=1)
     try:
         check_model(cfg)
-        description.metadata(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return cfg, description

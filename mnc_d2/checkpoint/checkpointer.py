@@ -182,6 +182,8 @@ class MNCCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]):
         """Bring the names in the checkpoint to those of the model, then load as Detectron2 does."""
+        if not checkpoint["model"]:
+            raise ValueError(f"The checkpoint {self._source} holds no weights.")
         model_keys = list(self.model.state_dict())
         if any(key.startswith("roi_heads.passes.") for key in model_keys):
             checkpoint["model"] = rename_heads_of_passes(checkpoint["model"], model_keys)
@@ -281,8 +283,6 @@ def _check_weights(path: str, weights: Any) -> None:
     """Raise a ValueError if the weights of a checkpoint are not tensors or arrays by name."""
     if not isinstance(weights, Mapping):
         raise ValueError(f"The checkpoint {path} holds a {type(weights).__name__} where a state dict should be.")
-    if not weights:
-        raise ValueError(f"The checkpoint {path} holds no weights.")
     for name, value in weights.items():
         kind = None if isinstance(value, (torch.Tensor, np.ndarray)) else type(value).__name__
         if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_meta):

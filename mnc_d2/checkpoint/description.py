@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from .. import __version__
 from ..files import open_atomically
 from ..messages import first_few
-from ..model_zoo import load_config
+from ..model_zoo import load_config, parse_config
 from .checkpointer import MNCCheckpointer
 
 # The entry of a checkpoint beside "model".
@@ -92,15 +92,7 @@ class ModelDescription:
 
         Args:
             num_classes: of the model. Where names are not known, they are "0", "1", ...
-
-        Raises:
-            ValueError: names, colours or ids are of another number of classes.
         """
-        for name in ("class_names", "class_colors", "category_ids"):
-            if len(getattr(self, name)) not in (0, num_classes):
-                raise ValueError(f"The model has {num_classes} classes, and {len(getattr(self, name))} {name}.")
-        if len(set(self.category_ids)) < len(self.category_ids):
-            raise ValueError(f"The model has category_ids {self.category_ids}: two classes are one.")
         names = self.class_names or [str(i) for i in range(num_classes)]
         metadata = Metadata(name=self.dataset, thing_classes=names)
         if self.class_colors:
@@ -152,9 +144,12 @@ def read_description(path: str) -> ModelDescription:
         description = read_checkpoint(file).get(DESCRIPTION_KEY, {})
     if description:
         try:
-            return ModelDescription.from_dict(description)
+            described = ModelDescription.from_dict(description)
         except (ValueError, TypeError) as error:
             raise ValueError(f"The checkpoint {path} is damaged: {error}.") from error
+        cfg = parse_config(described.config, f"the config in {path}")
+        _check_classes(path, described, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        return described
     config = os.path.join(os.path.dirname(file), "config.yaml")
     if not os.path.isfile(config):
         raise FileNotFoundError(
@@ -162,6 +157,15 @@ def read_description(path: str) -> ModelDescription:
             "Name the config."
         )
     return ModelDescription.of_config(load_config(config))
+
+
+def _check_classes(path: str, description: ModelDescription, num_classes: int) -> None:
+    for name in ("class_names", "class_colors", "category_ids"):
+        entries = getattr(description, name)
+        if len(entries) not in (0, num_classes):
+            raise ValueError(f"The checkpoint {path} is of a model of {num_classes} classes, and has {name} {entries}.")
+    if len(set(description.category_ids)) < len(description.category_ids):
+        raise ValueError(f"The checkpoint {path} has category_ids {description.category_ids}: two classes are one.")
 
 
 def read_checkpoint(file: str) -> dict[str, Any]:
