@@ -70,6 +70,8 @@ setup(
         # parts are there already for the report (jinja2) and TensorBoard (werkzeug); waitress is a server for it in
         # pure Python. Together they are 1.5 MB, gradio is 220 MB, and nothing is loaded from the network.
         "serve": ["flask>=3", "waitress>=3"],
+        # mnc export --format onnx, and the client of what it writes.
+        "export": ["onnx>=1.16", "onnxscript>=0.5", "onnxruntime>=1.18"],
         # COCO AP in less time.
         "fast-eval": ["faster-coco-eval>=1.8"],
     },

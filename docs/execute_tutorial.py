@@ -19,7 +19,11 @@ def execute(folder: Path | str) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(
-        notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}, record_timing=False, coalesce_streams=True
+        notebook,
+        timeout=1800,
+        resources={"metadata": {"path": str(folder)}},
+        record_timing=False,
+        coalesce_streams=True,
     )
     client.execute()
     # What is of this machine: warnings of libraries, the version of Python.

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from . import data, evaluate, info, predict, report, serve, train
+from . import data, evaluate, export, info, predict, report, serve, train
 
 # Each has EXAMPLE, add_arguments(parser) and run(args); its docstring is its description.
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": evaluate,
     "predict": predict,
     "serve": serve,
+    "export": export,
     "info": info,
     "data": data,
     "report": report,

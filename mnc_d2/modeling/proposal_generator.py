@@ -82,7 +82,7 @@ class CausalRPN(RPN):
             proposals = super().predict_proposals(anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
             if self.training or self.min_score == 0:
                 return proposals
-            return [x[self._find_promising(x.objectness_logits)] for x in proposals]
+            return [x[self.find_promising(x.objectness_logits)] for x in proposals]
 
         count = len(image_sizes)
         deltas = [self.gradients.of_deltas(x, count) if attached else x.detach() for x in pred_anchor_deltas]
@@ -114,7 +114,7 @@ class CausalRPN(RPN):
             attach_anchors(selected, *chosen)
         return selected
 
-    def _find_promising(self, logits: torch.Tensor) -> torch.Tensor:
+    def find_promising(self, logits: torch.Tensor) -> torch.Tensor:
         """Which proposals, given their objectness (R,), highest first, go on to the cascade: (R,), bool."""
-        rank = torch.arange(len(logits), device=logits.device)
+        rank = torch.arange(logits.shape[0], device=logits.device)  # torch.export takes no len()
         return (logits.sigmoid() >= self.min_score) | (rank < self.min_proposals)

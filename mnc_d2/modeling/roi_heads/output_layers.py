@@ -113,7 +113,7 @@ class MNCOutputLayers(FastRCNNOutputLayers):
         Returns:
             (R, 4), in image pixels, differentiable in ``boxes`` and ``deltas``.
         """
-        chosen = deltas.view(-1, self.num_classes + 1, 4)[torch.arange(len(boxes), device=boxes.device), classes]
+        chosen = deltas.view(-1, self.num_classes + 1, 4)[torch.arange(boxes.shape[0], device=boxes.device), classes]
         return self.box2box_transform.apply_deltas(chosen, boxes)
 
     def predict_class_boxes(self, boxes: torch.Tensor, deltas: torch.Tensor) -> torch.Tensor:

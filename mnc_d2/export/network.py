@@ -1,0 +1,241 @@
+"""A trained model as one function from an image to the candidates of every pass, which can be traced."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import Backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.proposal_generator import RPN
+from torch import nn
+from torchvision.ops import nms, roi_align
+
+from ..modeling import CascadePooler, CausalRPN, MNCROIHeads, MultitaskNetworkCascade, RoIWarpPooler
+
+# What the network returns, see :meth:`CandidateNetwork.forward`.
+CANDIDATES = ("boxes", "scores", "masks", "class_boxes")
+
+
+class CandidateNetwork(nn.Module):
+    """The modules of a model, joined so that torch.export finds no size and no number of boxes to be a constant.
+
+    It computes what ``MultitaskNetworkCascade.propose`` and ``MNCROIHeads.run_passes`` do for one image at inference.
+    """
+
+    def __init__(self, model: MultitaskNetworkCascade) -> None:
+        """
+        Args:
+            model: in eval mode.
+
+        Raises:
+            ValueError: the model has a part that cannot be exported.
+        """
+        super().__init__()
+        check_exportable(model)
+        self.backbone = with_fixed_padding(model.backbone)
+        self.rpn = model.proposal_generator
+        self.roi_heads = model.roi_heads
+        self.register_buffer("pixel_mean", model.pixel_mean, persistent=False)
+        self.register_buffer("pixel_std", model.pixel_std, persistent=False)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Find the candidates of an image.
+
+        Args:
+            image: (3, H, W), float32, 0 to 255, with channels as INPUT.FORMAT says, resized as INPUT asks for.
+
+        Returns:
+            of K boxes, those of the first pass first: "boxes" (K, 4), x1, y1, x2, y2 in pixels of ``image``; "scores"
+            (K, C), probability of each class at mask level; "masks" (K, m, m), probabilities in the frame of the box;
+            "class_boxes" (K, 4 C), each box regressed for each class. All float32.
+        """
+        height, width = image.shape[1:]
+        features = self.backbone(self._pad((image - self.pixel_mean) / self.pixel_std)[None])
+        boxes = self._propose(features, height, width)
+        heads, outputs = self.roi_heads, []
+        for index in range(heads.num_passes_test):
+            cascade_pass = heads.heads_of(index)
+            mask_features, pooled = self._pool(features, boxes)
+            masks = cascade_pass.mask_head(mask_features).sigmoid()
+            predictions = cascade_pass.classifier(pooled, masks)
+            scores = predictions.seg_cls_logits.softmax(dim=1)
+            predictor = cascade_pass.classifier.predictor
+            class_boxes = predictor.predict_class_boxes(boxes, predictions.deltas)
+            outputs.append((boxes, scores[:, : heads.num_classes], masks, class_boxes))
+            if index + 1 < heads.num_passes_test:
+                boxes = self._next_boxes(predictor, boxes, predictions, scores, height, width)
+        return dict(zip(CANDIDATES, (torch.cat(of_passes) for of_passes in zip(*outputs))))
+
+    def _pad(self, image: torch.Tensor) -> torch.Tensor:
+        """Pad an image at its right and lower border to sizes that the backbone takes."""
+        divisor = self.backbone.size_divisibility
+        if divisor < 2:
+            return image
+        height, width = image.shape[1:]
+        rows = (height + divisor - 1) // divisor * divisor
+        columns = (width + divisor - 1) // divisor * divisor
+        return F.pad(image, (0, columns - width, 0, rows - height))
+
+    # ---- stage 1
+
+    def _propose(self, features: dict[str, torch.Tensor], height: int, width: int) -> torch.Tensor:
+        """Return the proposals (P, 4) of an image, highest objectness first."""
+        rpn = self.rpn
+        maps = [features[name] for name in rpn.in_features]
+        boxes, scores = zip(
+            *(
+                self._propose_level(level, logits[0], deltas[0], height, width)
+                for level, (logits, deltas) in enumerate(zip(*rpn.rpn_head(maps)))
+            )
+        )
+        boxes, scores = torch.cat(boxes), torch.cat(scores)
+        order = scores.argsort(descending=True)[: rpn.post_nms_topk[False]]
+        kept = scores[order] > -torch.inf
+        if isinstance(rpn, CausalRPN):
+            kept &= rpn.find_promising(scores[order])
+        return boxes[order[kept]]
+
+    def _propose_level(
+        self, level: int, logits: torch.Tensor, deltas: torch.Tensor, height: int, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return boxes (P, 4) and scores (P,) of a level after NMS. Those with a score of -inf are none.
+
+        Args:
+            level: index of the feature map.
+            logits: (A, H, W).
+            deltas: (4 A, H, W).
+            height, width: of the image.
+        """
+        rpn, generator = self.rpn, self.rpn.anchor_generator
+        of_cell = list(generator.cell_anchors)[level]
+        rows, columns = logits.shape[1:]
+        logits, deltas = logits.flatten(), deltas.unflatten(0, (-1, 4)).flatten(2)  # (A H W,), (A, 4, H W)
+        best = logits.topk(torch.sym_min(logits.shape[0], rpn.pre_nms_topk[False]))
+        kind, pixel = _divide(best.indices, rows * columns)
+        row, column = _divide(pixel, columns)
+        x, y = ((z + generator.offset) * generator.strides[level] for z in (column, row))
+        anchors = of_cell[kind] + torch.stack((x, y, x, y), dim=1)
+        boxes = rpn.box2box_transform.apply_deltas(deltas[kind, :, pixel], anchors)
+        finite = boxes.isfinite().all(dim=1) & best.values.isfinite()
+        boxes = _clip(boxes, height, width)
+        valid = finite & ((boxes[:, 2:] - boxes[:, :2]) > rpn.min_box_size).all(dim=1)
+        scores = torch.where(valid, best.values, -torch.inf)
+        # torch.export takes it that NMS leaves two boxes at least. Two without extent, the worst, suppress nothing.
+        boxes, scores = F.pad(boxes, (0, 0, 0, 2)), F.pad(scores, (0, 2), value=-torch.inf)
+        kept = nms(boxes, scores, rpn.nms_thresh)
+        return boxes[kept], scores[kept]
+
+    # ---- stages 2 and on
+
+    def _pool(self, features: dict[str, torch.Tensor], boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`CascadePooler.forward`, for boxes (R, 4)."""
+        pooler = self.roi_heads.pooler
+        pooled = self._warp([features[name] for name in pooler.in_features], boxes)
+        if pooler.mask_in_features == pooler.in_features:
+            return pooled, pooled
+        return self._warp([features[name] for name in pooler.mask_in_features], boxes), pooled
+
+    def _warp(self, maps: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+        """RoI warp of boxes (R, 4), each from its own level: (R, C, S, S).
+
+        RoIAlign with one sample a bin is the same, and an operator of both formats.
+        """
+        warp = self.roi_heads.pooler.pooler
+        rois = torch.cat((torch.zeros_like(boxes[:, :1]), boxes), dim=1)
+        if len(maps) == 1:
+            return self._warp_level(maps[0], rois, warp.scales[0])
+        levels = self._levels(boxes)
+        chosen = [(levels == level).nonzero().squeeze(1) for level in range(len(maps))]
+        pooled = [self._warp_level(x, rois[i], scale) for x, i, scale in zip(maps, chosen, warp.scales)]
+        return torch.cat(pooled)[torch.cat(chosen).argsort()]
+
+    def _warp_level(self, features: torch.Tensor, rois: torch.Tensor, scale: float) -> torch.Tensor:
+        warp = self.roi_heads.pooler.pooler
+        ratio = warp.sampling_ratio
+        samples = roi_align(features, rois, warp.output_size * ratio, scale, sampling_ratio=1, aligned=True)
+        return samples if ratio == 1 else F.max_pool2d(samples, ratio)
+
+    def _levels(self, boxes: torch.Tensor) -> torch.Tensor:
+        """Which of the maps each box belongs to, as Detectron2's ``assign_boxes_to_levels``: (R,), int64."""
+        warp = self.roi_heads.pooler.pooler
+        sizes = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()
+        levels = torch.floor(warp.canonical_level + torch.log2(sizes / warp.canonical_box_size + 1e-8))
+        return levels.clamp(warp.min_level, warp.max_level).long() - warp.min_level
+
+    def _next_boxes(self, predictor, boxes, predictions, scores, height, width) -> torch.Tensor:
+        """As :meth:`MNCROIHeads.run_passes` finds the boxes of the next pass."""
+        heads = self.roi_heads
+        logits = predictions.seg_cls_logits
+        if not heads.next_box_background:
+            logits = logits[:, : heads.num_classes]
+        regressed = predictor.regress_boxes(boxes, predictions.deltas, logits.argmax(dim=1))
+        boxes = _clip(torch.where(regressed.isfinite(), regressed, boxes), height, width)
+        if heads.next_pass_min_score <= 0:
+            return boxes
+        background = torch.minimum(predictions.cls_logits.softmax(dim=1)[:, -1], scores[:, -1])
+        return boxes[1 - background >= heads.next_pass_min_score]
+
+
+def _divide(x: torch.Tensor, divisor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return quotient and remainder. The ONNX exporter has no remainder by a size that is not constant."""
+    quotient = x // divisor
+    return quotient, x - quotient * divisor
+
+
+def _clip(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Clip boxes (R, 4) to an image."""
+    x, y = boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)
+    return torch.stack((x, y), dim=2).reshape(-1, 4)
+
+
+def with_fixed_padding(backbone: Backbone) -> Backbone:
+    """Copy a backbone, with convolutions whose padding does not depend on the size of their input.
+
+    timm's ``Conv2dSame`` works out its padding from the size. Where images are padded to multiples of the largest
+    stride it is always the same, and tracing it would take minutes.
+    """
+    strides = [x.stride for x in getattr(backbone, "bottom_up", backbone).output_shape().values()]
+    if backbone.size_divisibility < max(strides):
+        return backbone
+    backbone = copy.deepcopy(backbone)
+    for name, module in list(backbone.named_modules()):
+        if type(module).__name__ == "Conv2dSame":
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), child, _PaddedConv2d(module))
+    return backbone
+
+
+class _PaddedConv2d(nn.Module):
+    """A ``Conv2dSame`` for inputs whose size is a multiple of its stride."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.padding = []
+        for kernel, dilation, stride in reversed(list(zip(conv.kernel_size, conv.dilation, conv.stride))):
+            total = max((kernel - 1) * dilation + 1 - stride, 0)
+            self.padding += [total // 2, total - total // 2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        conv = self.conv
+        return F.conv2d(F.pad(x, self.padding), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise a ValueError that names what of a model cannot be exported."""
+    if type(model) is not MultitaskNetworkCascade:
+        raise ValueError(f"Models of MODEL.META_ARCHITECTURE {type(model).__name__} cannot be exported.")
+    rpn, heads = model.proposal_generator, model.roi_heads
+    if not isinstance(rpn, RPN) or type(rpn.anchor_generator) is not DefaultAnchorGenerator:
+        raise ValueError("Only models with an RPN, and Detectron2's DefaultAnchorGenerator, can be exported.")
+    if type(heads) is not MNCROIHeads or type(heads.pooler) is not CascadePooler:
+        raise ValueError(f"Models of MODEL.ROI_HEADS.NAME {type(heads).__name__} cannot be exported.")
+    warp = heads.pooler.pooler
+    if type(warp) is not RoIWarpPooler or warp.sampling != "center":
+        raise ValueError('Only models of MODEL.MNC.ROI_WARP_SAMPLING "center" can be exported.')
+    if not heads.mask_on:
+        raise ValueError("Models with MODEL.MASK_ON False cannot be exported: the results are those of mask voting.")
+    if model.backbone.padding_constraints.get("square_size", 0) > 0:
+        raise ValueError("Models whose backbone takes square images only cannot be exported.")

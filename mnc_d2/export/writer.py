@@ -1,0 +1,130 @@
+"""Writing a trained model to one file, with what a client has to know of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from torch.fx.experimental import _config as symbolic_config
+
+from .. import __version__
+from ..checkpoint import ModelDescription
+from ..files import open_atomically
+from ..predictor import MNCPredictor, load_model_config
+from .network import CANDIDATES, CandidateNetwork
+
+# Name of what a file says of its model, JSON: an entry of ONNX's metadata, or an extra file of torch.export's.
+METADATA_KEY = "mnc_d2"
+# The longest side of an image, in pixels.
+_MAX_SIDE = 2**14
+CLIENT = Path(__file__).with_name("client.py")
+
+
+def export_model(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    format: str,
+    *,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Write a trained model as a program from an image to the candidates of every pass.
+
+    Beside an ONNX file comes ``client.py``, which predicts from it with numpy, Pillow and onnxruntime.
+
+    Args:
+        path, config, overrides: as :func:`~mnc_d2.predictor.load_predictor` takes them.
+        output: the file; its folder must be there.
+        format: one of ``FORMATS``: "onnx", or "torch" for ``torch.export``.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`~mnc_d2.predictor.load_predictor` does; the folder of ``output`` does
+            not exist; the model has a part that cannot be exported; or a package for ONNX is missing.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"The format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    output = Path(output)
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"The folder {output.parent} does not exist.")
+    if format == "onnx":
+        _check_packages()
+    cfg, description = load_model_config(path, device="cpu", config=config, overrides=overrides)
+    if cfg.INPUT.EXACT_SCALE_TEST:
+        raise ValueError("Models with INPUT.EXACT_SCALE_TEST cannot be exported: the client resizes to whole pixels.")
+    network = CandidateNetwork(MNCPredictor(cfg).model).eval()
+    metadata = json.dumps(describe(cfg, description, network))
+    FORMATS[format](trace(network), metadata, output)
+
+
+def describe(cfg: CfgNode, description: ModelDescription, network: CandidateNetwork) -> dict:
+    """Return what a client has to know of a model; plain values, which docs/export.md lists."""
+    predictor = network.roi_heads.heads_of(0).classifier.predictor
+    classes = description.metadata(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    return {
+        "version": __version__,
+        "class_names": classes.thing_classes,
+        "category_ids": list(classes.thing_dataset_id_to_contiguous_id),
+        "stages": 1 + 2 * network.roi_heads.num_passes_test,
+        "input": {
+            "format": cfg.INPUT.FORMAT,
+            "short_side": cfg.INPUT.MIN_SIZE_TEST,
+            "long_side": cfg.INPUT.MAX_SIZE_TEST,
+        },
+        "voting": {
+            "score_threshold": predictor.test_score_thresh,
+            "nms_threshold": predictor.test_nms_thresh,
+            "voting_iou_threshold": cfg.MODEL.MNC.VOTING_IOU_THRESHOLD,
+            "mask_threshold": cfg.MODEL.MNC.MASK_THRESHOLD,
+            "max_detections": predictor.test_topk_per_image,
+            "detection_box": cfg.MODEL.MNC.DETECTION_BOX,
+        },
+    }
+
+
+@torch.no_grad()
+def trace(network: CandidateNetwork) -> torch.export.ExportedProgram:
+    """Trace a network for images of any size."""
+    side = {"min": 1, "max": _MAX_SIDE}
+    sizes = {"image": {1: torch.export.Dim("height", **side), 2: torch.export.Dim("width", **side)}}
+    # Sizes of this image that differ from each other, from 1 and from what padding makes of them, at every level.
+    image = torch.zeros(3, 100, 75)
+    # Else the file would refuse images of which a feature map is one row or one column.
+    with symbolic_config.patch(backed_size_oblivious=True):
+        return torch.export.export(network, (image,), dynamic_shapes=sizes)
+
+
+def _write_torch(program: torch.export.ExportedProgram, metadata: str, output: Path) -> None:
+    with open_atomically(output) as file:
+        torch.export.save(program, file, extra_files={f"{METADATA_KEY}.json": metadata})
+
+
+def _write_onnx(program: torch.export.ExportedProgram, metadata: str, output: Path) -> None:
+    onnx_program = torch.onnx.export(
+        program, dynamo=True, output_names=list(CANDIDATES), verbose=False, external_data=False
+    )
+    model = onnx_program.model_proto
+    model.metadata_props.add(key=METADATA_KEY, value=metadata)
+    # For those who look at the file; the exporter names sizes s62, u10 + u5, ...
+    _, height, width = model.graph.input[0].type.tensor_type.shape.dim
+    height.dim_param, width.dim_param = "height", "width"
+    for output_value in model.graph.output:
+        output_value.type.tensor_type.shape.dim[0].dim_param = "candidates"
+    with open_atomically(output) as file:
+        file.write(model.SerializeToString())
+    shutil.copyfile(CLIENT, output.with_name(CLIENT.name))
+
+
+# What writes a program, by the name of the format.
+FORMATS = {"onnx": _write_onnx, "torch": _write_torch}
+
+
+def _check_packages() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"ONNX needs the package {' and '.join(missing)}: pip install 'mnc_d2[export]'")
