@@ -22,7 +22,7 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest
 
-# Trainings that are killed at random moments: half an hour on two cores.
+# Trainings that are killed at random moments.
 test-faults: install
 	$(BIN)/python -m pytest -m faults tests/test_faults.py
 
