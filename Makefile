@@ -24,7 +24,7 @@ test: export OMP_NUM_THREADS := 1
 test: install
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# Trainings that are killed at random moments: half an hour on two cores.
+# Trainings that are killed at random moments.
 test-faults: install
 	$(BIN)/python -m pytest -m faults tests/test_faults.py
 

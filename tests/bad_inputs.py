@@ -1,6 +1,6 @@
 """Bad inputs of all kinds, and what this project makes of them: a table.
 
-    python tests/bad_inputs.py                      # 500 and more cases; some minutes
+    python tests/bad_inputs.py                      # more than a thousand cases
     python tests/bad_inputs.py --family configs     # of one kind
     python tests/bad_inputs.py --verbose            # with the sentence of each
 

@@ -1,6 +1,6 @@
 """Trainings that are killed at moments drawn from a seed, and resumed: all end to the last bit as one that was not.
 
-Half an hour: `make test-faults`.
+They take long: `make test-faults`.
 """
 
 import os
