@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
-from detectron2.layers import batched_nms, paste_masks_in_image
+from detectron2.layers import batched_nms
 from detectron2.structures import Instances
 
+from ..modeling.mask_pasting import paste_masks
 from ..predictor import MNCPredictor
 from ..visualizer import draw_predictions
 
@@ -42,9 +42,5 @@ def clear_detections(of_pass: Instances, mask_threshold: float, min_score: float
     of_pass = of_pass[of_pass.scores >= min_score]
     boxes = of_pass.pred_boxes.tensor
     kept = of_pass[batched_nms(boxes, of_pass.scores, of_pass.pred_classes, _NMS_THRESHOLD)]
-    kept.pred_masks = (
-        paste_masks_in_image(kept.mask_probabilities, kept.pred_boxes, kept.image_size, mask_threshold)
-        if len(kept)
-        else torch.zeros(0, *kept.image_size, dtype=torch.bool)
-    )
+    kept.pred_masks = paste_masks(kept.mask_probabilities, kept.pred_boxes.tensor, kept.image_size, mask_threshold)
     return kept

@@ -8,6 +8,7 @@ import pickle
 import random
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,6 @@ def make_cases(seed: int) -> list[Case]:
         for position in (generator.randrange(8 * len(content)) for _ in range(12)):
             flipped = flip_bit(content, position)
             # The old format and pickles have no check sums: one number is another.
-            run = lambda d, f=file, c=flipped: _use(d, f, c, tolerated=int(f != "m.pth"))  # noqa: E731
+            run = partial(_use, file=file, content=flipped, tolerated=int(file != "m.pth"))
             cases.append(Case(FAMILY, f"{file} with bit {position} flipped", run, (file,), False))
     return cases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def make_cases(seed: int) -> list[Case]:
     generator = random.Random(seed)
     for position in (generator.randrange(8 * len(FLIPPED)) for _ in range(20)):
         files = {"c.yaml": BASE.encode() + flip_bit(FLIPPED, position)}
-        run = lambda d, f=files: _from_files(d, f)  # noqa: E731
+        run = partial(_from_files, files=files)
         cases.append(Case(FAMILY, f"bit {position} flipped", run, ("c.yaml", "The config has no model", "."), False))
     return cases
 

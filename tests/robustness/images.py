@@ -7,6 +7,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,6 @@ def make_cases(seed: int) -> list[Case]:
             flipped = flip_bit(content, position)
             # A decoder of a format without check sums cannot know.
             expected = PIXELS if kind == "PNG" else None
-            run = lambda d, c=flipped, e=expected: _read(d, c, e)  # noqa: E731
+            run = partial(_read, content=flipped, expected=expected)
             cases.append(Case(FAMILY, f"{kind} with bit {position} flipped", run, ("i.png",), False))
     return cases
