@@ -1,7 +1,7 @@
 from .device import tensor_on
 from .gradient import clip_boxes, clip_gradient, inside_image, pass_gradient, scale_gradient
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
-from .roi_warp import roi_warp, roi_warp_pyramid
+from .roi_warp import roi_warp, roi_warp_pyramid, roi_warp_pyramid_twice
 
 __all__ = [
     "HALF_PRECISIONS",
@@ -13,6 +13,7 @@ __all__ = [
     "pass_gradient",
     "roi_warp",
     "roi_warp_pyramid",
+    "roi_warp_pyramid_twice",
     "scale_gradient",
     "tensor_on",
 ]

@@ -112,6 +112,31 @@ def _backward(ctx, gradient):
 bag_max.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _PassGradientToWeight(torch.autograd.Function):
+    """Identity of a result of :func:`bag_max` that had no gradient to its weight; this one has."""
+
+    @staticmethod
+    def forward(ctx, result, index, weight, *features):
+        ctx.save_for_backward(index, weight, *features)
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        index, weight, *features = ctx.saved_tensors
+        _, weight_gradient = bag_max_backward(gradient, features, index, weight, [False, True])
+        return gradient, None, weight_gradient, *([None] * len(features))
+
+
+def pass_gradient_to_weight(
+    result: torch.Tensor, features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Return what ``bag_max(features, index, weight)`` returns, from ``result``, the same with the weight detached.
+
+    So the sums are computed once where some of what uses them is not to pass gradients to the weight.
+    """
+    return _PassGradientToWeight.apply(result, index, weight, *(x.detach() for x in features))
+
+
 def _make_table(features: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """All pixels of all maps: (rows, C), contiguous; without a copy for a single channels_last map of this dtype."""
     pixels = [x.permute(0, 2, 3, 1) for x in features]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .bag_max import bag_max
+from .bag_max import bag_max, pass_gradient_to_weight
 from .device import tensor_on
 
 
@@ -58,15 +58,6 @@ def roi_warp_pyramid(
 ) -> torch.Tensor:
     """:func:`roi_warp` where each box samples its own level of a feature pyramid.
 
-    A sample is the sum of four pixels' feature vectors, each times a product of a weight along y and one along x. The
-    weights and the positions of the pixels, a few numbers a sample, are computed here under autograd, hence the
-    gradient of the boxes. The sums and maxima over channels are :func:`mnc_d2.layers.bag_max.bag_max`.
-
-    Why so: embedding bags go along the channels, which on a CPU takes a small part of ROIAlign's time for the same
-    samples, and with the maximum taken chunk by chunk of the boxes no sample reaches the main memory. Measured and
-    slower: one ``grid_sample`` of all boxes, products with sparse matrices, one bag of all samples or one of all boxes
-    for each sample of a bin. ``tests/benchmarks`` compares with ROIAlign.
-
     Args:
         features: one (N, C, H_l, W_l) per level l.
         rois: (R, 5), as in :func:`roi_warp`.
@@ -77,6 +68,54 @@ def roi_warp_pyramid(
 
     Returns, Raises:
         as :func:`roi_warp`.
+    """
+    index, weight = _bags(features, rois, levels, output_size, spatial_scales, sampling, max_pool)
+    return _as_images(bag_max(features, index, weight), output_size)
+
+
+def roi_warp_pyramid_twice(
+    features: Sequence[torch.Tensor],
+    rois: torch.Tensor,
+    levels: torch.Tensor,
+    output_size: int,
+    spatial_scales: Sequence[float],
+    sampling: str = "center",
+    max_pool: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the result of :func:`roi_warp_pyramid` without and with a gradient to the boxes, sampled once."""
+    index, weight = _bags(features, rois, levels, output_size, spatial_scales, sampling, max_pool)
+    detached = bag_max(features, index, weight.detach())
+    attached = pass_gradient_to_weight(detached, features, index, weight) if weight.requires_grad else detached
+    return _as_images(detached, output_size), _as_images(attached, output_size)
+
+
+def _as_images(samples: torch.Tensor, size: int) -> torch.Tensor:
+    """(R, S * S, C) as (R, C, S, S), in channels_last memory format."""
+    return samples.unflatten(1, (size, size)).permute(0, 3, 1, 2)
+
+
+def _bags(
+    features: Sequence[torch.Tensor],
+    rois: torch.Tensor,
+    levels: torch.Tensor,
+    output_size: int,
+    spatial_scales: Sequence[float],
+    sampling: str,
+    max_pool: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``index`` and ``weight`` with which :func:`bag_max` is the RoI warp of a pyramid.
+
+    A sample is the sum of four pixels' feature vectors, each times a product of a weight along y and one along x. The
+    weights and the positions of the pixels, a few numbers a sample, are computed here under autograd, hence the
+    gradient of the boxes. The sums and maxima over channels are :func:`mnc_d2.layers.bag_max.bag_max`.
+
+    Why so: embedding bags go along the channels, which on a CPU takes a small part of ROIAlign's time for the same
+    samples, and with the maximum taken chunk by chunk of the boxes no sample reaches the main memory. Measured and
+    slower: one ``grid_sample`` of all boxes, products with sparse matrices, one bag of all samples or one of all boxes
+    for each sample of a bin. ``tests/benchmarks`` compares with ROIAlign.
+
+    Args, Raises:
+        as :func:`roi_warp_pyramid`.
     """
     _check_arguments(features, rois, output_size, spatial_scales, sampling)
     images, device = features[0].shape[0], rois.device
@@ -113,8 +152,7 @@ def roi_warp_pyramid(
     y_index, x_index = spread(y_index, x_index)
     y_weight, x_weight = spread(y_weight, x_weight)
     dtype = torch.promote_types(features[0].dtype, torch.float32)
-    samples = bag_max(features, flatten(y_index + x_index), flatten(y_weight * x_weight).to(dtype))
-    return samples.unflatten(1, (output_size, output_size)).permute(0, 3, 1, 2)
+    return flatten(y_index + x_index), flatten(y_weight * x_weight).to(dtype)
 
 
 def _check_arguments(

@@ -11,7 +11,7 @@ from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..layers import roi_warp_pyramid
+from ..layers import roi_warp_pyramid, roi_warp_pyramid_twice
 
 
 class RoIWarpPooler(nn.Module):
@@ -61,15 +61,23 @@ class RoIWarpPooler(nn.Module):
         Returns:
             (R, C, S, S), the boxes of all images one after another.
         """
+        return roi_warp_pyramid(features, *self._arguments(boxes))
+
+    def without_and_with_box_gradient(
+        self, features: list[torch.Tensor], boxes: list[Boxes]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what :meth:`forward` does twice: without and with a gradient to the boxes."""
+        return roi_warp_pyramid_twice(features, *self._arguments(boxes))
+
+    def _arguments(self, boxes: list[Boxes]) -> tuple:
+        """Those of the RoI warp after the features."""
         # Detectron2's convert_boxes_to_pooler_format waits for a GPU.
         rois = torch.cat([F.pad(x.tensor, (1, 0), value=image) for image, x in enumerate(boxes)])  # (R, 5)
         with torch.no_grad():
             levels = assign_boxes_to_levels(
                 boxes, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
             )
-        return roi_warp_pyramid(
-            features, rois, levels, self.output_size, self.scales, self.sampling, max_pool=self.sampling_ratio == 2
-        )
+        return rois, levels, self.output_size, self.scales, self.sampling, self.sampling_ratio == 2
 
 
 class CascadePooler(nn.Module):
@@ -95,18 +103,27 @@ class CascadePooler(nn.Module):
         return self.pooler.output_size
 
     def forward(
-        self, features: dict[str, torch.Tensor], boxes: list[Boxes], index: int
+        self,
+        features: dict[str, torch.Tensor],
+        boxes: list[Boxes],
+        index: int,
+        mask_coordinate_gradient: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             features: the feature maps (N, C, H, W) by name.
             boxes: one per image, in image pixels; R in all.
             index: of the pass, from 0; here it makes no difference.
+            mask_coordinate_gradient: whether the features for the mask head have a gradient to the boxes.
 
         Returns:
-            (R, C, S, S) for the mask head, and the same for the classifier.
+            (R, C, S, S) for the mask head, and the same for the classifier, which always has that gradient.
         """
-        pooled = self.pooler([features[name] for name in self.in_features], boxes)
-        if self.mask_in_features == self.in_features:
-            return pooled, pooled
-        return self.pooler([features[name] for name in self.mask_in_features], boxes), pooled
+        maps, mask_maps = ([features[x] for x in names] for names in (self.in_features, self.mask_in_features))
+        if self.mask_in_features != self.in_features:
+            mask_boxes = boxes if mask_coordinate_gradient else [Boxes(x.tensor.detach()) for x in boxes]
+            return self.pooler(mask_maps, mask_boxes), self.pooler(maps, boxes)
+        if not mask_coordinate_gradient:
+            return self.pooler.without_and_with_box_gradient(maps, boxes)
+        pooled = self.pooler(maps, boxes)
+        return pooled, pooled

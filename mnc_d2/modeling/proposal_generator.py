@@ -84,17 +84,18 @@ class CausalRPN(RPN):
                 return proposals
             return [x[self.find_promising(x.objectness_logits)] for x in proposals]
 
+        # Only the best of each level can become proposals: no others are decoded.
+        best = [x.topk(min(x.shape[1], self.pre_nms_topk[True]), dim=1).indices for x in pred_objectness_logits]
         count = len(image_sizes)
-        deltas = [self.gradients.of_deltas(x, count) if attached else x.detach() for x in pred_anchor_deltas]
-        decoded = self._decode_proposals(anchors, deltas)
-        proposals = [
-            torch.stack([self.gradients.at_border(x, size, a.tensor) for x, size in zip(boxes, image_sizes)])
-            for boxes, a in zip(decoded, anchors)
-        ]
+        image = torch.arange(count, device=best[0].device)[:, None]
+        logits = [x[image, i] for x, i in zip(pred_objectness_logits, best)]
+        deltas = [x[image, i] for x, i in zip(pred_anchor_deltas, best)]
+        anchors = [x.tensor[i] for x, i in zip(anchors, best)]
+        decoded = [self._decode(x, y if attached else y.detach(), image_sizes) for x, y in zip(anchors, deltas)]
         # Unlike Detectron2's RPN, not under no_grad: it gathers and clips the boxes differentiably.
         selected = find_top_rpn_proposals(
-            proposals,
-            [x.detach() for x in pred_objectness_logits],
+            decoded,
+            [x.detach() for x in logits],
             image_sizes,
             self.nms_thresh,
             self.pre_nms_topk[True],
@@ -103,16 +104,17 @@ class CausalRPN(RPN):
             True,
         )
         if self.roi_anchor_loss:
-            # Only the best anchors of each level became candidates.
-            best = [x.topk(min(x.shape[1], self.pre_nms_topk[True]), dim=1).indices for x in pred_objectness_logits]
-            per_anchor = ([x.tensor.expand(count, -1, -1) for x in anchors], decoded, pred_objectness_logits)
-            image = torch.arange(count, device=best[0].device)[:, None]
-            chosen = [
-                torch.cat([level[image, i] for level, i in zip(levels, best)], dim=1)
-                for levels in (*per_anchor, pred_anchor_deltas)
-            ]
-            attach_anchors(selected, *chosen)
+            attach_anchors(selected, *(torch.cat(levels, dim=1) for levels in (anchors, decoded, logits, deltas)))
         return selected
+
+    def _decode(
+        self, anchors: torch.Tensor, deltas: torch.Tensor, image_sizes: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        """The boxes of anchors (N, K, 4) of one level, before they are clipped to the images: (N, K, 4)."""
+        deltas = self.gradients.of_deltas(deltas, len(image_sizes))
+        boxes = self.box2box_transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
+        per_image = zip(boxes, image_sizes, anchors)
+        return torch.stack([self.gradients.at_border(x, size, of_image) for x, size, of_image in per_image])
 
     def find_promising(self, logits: torch.Tensor) -> torch.Tensor:
         """Which proposals, given their objectness (R,), highest first, go on to the cascade: (R,), bool."""

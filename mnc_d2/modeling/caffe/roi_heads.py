@@ -32,10 +32,11 @@ class CaffeCascadePooler(CascadePooler):
         self.later = CascadePooler(later, in_features)
 
     def forward(
-        self, features: dict[str, torch.Tensor], boxes: list[Boxes], index: int
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes], index: int, mask_coordinate_gradient: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`CascadePooler.forward`."""
-        return super().forward(features, boxes, index) if index == 0 else self.later(features, boxes, index)
+        pool = super().forward if index == 0 else self.later
+        return pool(features, boxes, index, mask_coordinate_gradient)
 
 
 @ROI_HEADS_REGISTRY.register()

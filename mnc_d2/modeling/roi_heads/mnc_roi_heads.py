@@ -231,9 +231,7 @@ class MNCROIHeads(ROIHeads):
         for proposal, boxes in zip(proposals, self.gradients.of_coordinates(proposals, self.num_classes)):
             proposal.proposal_boxes = boxes
         boxes = [x.proposal_boxes for x in proposals]
-        mask_features, pooled = self.pooler(features, boxes, index)
-        if not self.gradients.mask_coordinate_gradient and any(x.tensor.requires_grad for x in boxes):
-            mask_features, _ = self.pooler(features, [Boxes(x.tensor.detach()) for x in boxes], index)
+        mask_features, pooled = self.pooler(features, boxes, index, self.gradients.mask_coordinate_gradient)
         logits = self.heads_of(index).mask_head(mask_features)
         truth = mask_targets(proposals, targets, logits.shape[-1])
         moving = self.gradients.moving_targets and self.gradients.mask_coordinate_gradient
