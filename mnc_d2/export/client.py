@@ -467,7 +467,7 @@ def run(args: argparse.Namespace) -> None:
         twice = sorted({stem for stem in stems if stems.count(stem) > 1})
         if twice:
             raise ValueError(f"Masks of several images would be {twice[0]}.png. Predict them in several calls.")
-        os.makedirs(args.output, exist_ok=True)
+    os.makedirs(os.path.dirname(args.output) or "." if as_json else args.output, exist_ok=True)
     names, ids = predictor.settings["class_names"], predictor.settings["category_ids"]
     content = {"images": [], "categories": [{"id": i, "name": x} for i, x in zip(ids, names)], "annotations": []}
     for image_id, path in enumerate(args.images, start=1):
