@@ -9,6 +9,7 @@ The result is for configs/PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -129,7 +130,7 @@ def convert_file(source: str, target: str, expected: Mapping[str, tuple[str, tup
 
     Args:
         source: the released model, HDF5 or binary protobuf.
-        target: the file to write; it appears when it is complete.
+        target: the file to write; it appears when it is complete. Its folder is made if need be.
         expected: as in :func:`convert_layers`.
 
     Returns:
@@ -144,6 +145,7 @@ def convert_file(source: str, target: str, expected: Mapping[str, tuple[str, tup
         state, unused = convert_layers(layers, expected)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
     with open_atomically(target) as file:
         torch.save({"model": state, DESCRIPTION_KEY: asdict(ModelDescription.of_config(get_config(CONFIG)))}, file)
     return unused

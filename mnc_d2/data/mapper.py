@@ -16,7 +16,7 @@ from detectron2.structures import BitMasks
 
 from .images import read_image
 from .mask_proposals import load_mask_proposals, mask_proposals_path, transform_mask_proposals
-from .resize import build_test_resize
+from .resize import build_test_resize, build_train_resize
 
 __all__ = ["MNCDatasetMapper"]
 
@@ -68,10 +68,11 @@ class MNCDatasetMapper(DatasetMapper):
     def from_config(cls, cfg, is_train: bool = True) -> dict[str, Any]:
         datasets = cfg.DATASETS
         arguments = super().from_config(cfg, is_train)
-        if not is_train and cfg.INPUT.get("EXACT_SCALE_TEST", False):
-            arguments["augmentations"] = [build_test_resize(cfg)]
+        resize = build_train_resize(cfg) if is_train else build_test_resize(cfg)
+        augmentations = [resize if isinstance(x, T.ResizeShortestEdge) else x for x in arguments["augmentations"]]
         return {
             **arguments,
+            "augmentations": augmentations,
             "mask_proposals": datasets.get("MASK_PROPOSALS", ""),
             "mask_proposals_limit": (
                 datasets.PRECOMPUTED_PROPOSAL_TOPK_TRAIN if is_train else datasets.PRECOMPUTED_PROPOSAL_TOPK_TEST
@@ -100,7 +101,8 @@ class MNCDatasetMapper(DatasetMapper):
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)
         image_size = augmented.image.shape[:2]
-        record["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        # No ascontiguousarray: it leaves a side of one pixel its negative stride of a flip, which PyTorch refuses.
+        record["image"] = torch.as_tensor(augmented.image.transpose(2, 0, 1).copy())
         if self.mask_proposals:
             path = mask_proposals_path(self.mask_proposals, record["file_name"])
             proposals = load_mask_proposals(path, self.mask_proposals_limit)
@@ -133,6 +135,8 @@ class MNCDatasetMapper(DatasetMapper):
             utils.transform_instance_annotations(
                 anno, transforms, image_shape, keypoint_hflip_indices=self.keypoint_hflip_indices
             )
+            if isinstance(anno.get("segmentation"), np.ndarray):
+                anno["segmentation"] = anno["segmentation"].copy()  # as the image
             if not has_mask[i]:
                 anno["segmentation"] = np.zeros(image_shape, dtype=np.uint8)
 

@@ -1,11 +1,24 @@
-"""Resizing of test images as the released code does it."""
+"""Resizing of images: as Detectron2 does it, for any shape, and by an exact factor, as the released code does."""
 
 from __future__ import annotations
+
+import math
 
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, which leaves at least one pixel of the short side of images as thin as 1 x 3000."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """Return the transform of an image (H, W, ...)."""
+        resize = super().get_transform(image)
+        if isinstance(resize, T.NoOpTransform):
+            return resize
+        return T.ResizeTransform(resize.h, resize.w, max(resize.new_h, 1), max(resize.new_w, 1), resize.interp)
 
 
 def exact_scale(size: tuple[int, int], short_side: int, long_side: int) -> float:
@@ -22,9 +35,9 @@ def exact_scale(size: tuple[int, int], short_side: int, long_side: int) -> float
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Return the (height, width) that an image has after it was resized by a factor: rounded, half to even."""
-    height, width = size
-    return round(height * scale), round(width * scale)
+    """Return the (height, width) of an image that was resized by a factor: rounded, half to even, and 1 at least."""
+    height, width = (max(round(x * scale), 1) for x in size)
+    return height, width
 
 
 class ExactScaleTransform(T.Transform):
@@ -44,15 +57,23 @@ class ExactScaleTransform(T.Transform):
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         """Return float32 (H', W', ...), not rounded to whole grey levels, for an image (H, W, ...) of any dtype."""
-        return cv2.resize(img.astype(np.float32), None, fx=self.scale, fy=self.scale, interpolation=cv2.INTER_LINEAR)
+        return self._resize(img.astype(np.float32), cv2.INTER_LINEAR)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         """Return the nearest labels, in the dtype of ``segmentation`` (H, W)."""
-        return cv2.resize(segmentation, None, fx=self.scale, fy=self.scale, interpolation=cv2.INTER_NEAREST)
+        return self._resize(segmentation, cv2.INTER_NEAREST)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """Return points (N, 2), x and y, in the resized image."""
         return coords * self.scale
+
+    def _resize(self, image: np.ndarray, interpolation: int) -> np.ndarray:
+        # Repeat the border of sides too short for one pixel of the result.
+        least = math.ceil(0.5 / self.scale) + 1
+        missing = [least - x if round(x * self.scale) < 1 else 0 for x in image.shape[:2]]
+        if any(missing):
+            image = np.pad(image, [(0, x) for x in missing] + [(0, 0)] * (image.ndim - 2), mode="edge")
+        return cv2.resize(image, None, fx=self.scale, fy=self.scale, interpolation=interpolation)
 
 
 class ResizeByExactScale(T.Augmentation):
@@ -67,21 +88,18 @@ class ResizeByExactScale(T.Augmentation):
         self._init(locals())
 
     def get_transform(self, image: np.ndarray) -> ExactScaleTransform:
-        """Return the transform of an image (H, W, ...).
+        """Return the transform of an image (H, W, ...)."""
+        return ExactScaleTransform(exact_scale(image.shape[:2], self.short_side, self.long_side))
 
-        Raises:
-            ValueError: nothing would be left of its short side.
-        """
-        size = image.shape[:2]
-        scale = exact_scale(size, self.short_side, self.long_side)
-        if min(scaled_size(size, scale)) < 1:
-            raise ValueError(f"An image of {size[1]} x {size[0]} pixels is too thin to be resized by {scale:.3g}.")
-        return ExactScaleTransform(scale)
+
+def build_train_resize(cfg: CfgNode) -> T.Augmentation:
+    """Build the resizing of training images that INPUT asks for."""
+    return ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
 
 
 def build_test_resize(cfg: CfgNode) -> T.Augmentation:
     """Build the resizing of test images that INPUT asks for."""
     short_side, long_side = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    if cfg.INPUT.EXACT_SCALE_TEST:
+    if cfg.INPUT.get("EXACT_SCALE_TEST", False):
         return ResizeByExactScale(short_side, long_side)
-    return T.ResizeShortestEdge([short_side, short_side], long_side)
+    return ResizeShortestEdge([short_side, short_side], long_side)

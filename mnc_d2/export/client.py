@@ -96,8 +96,8 @@ class Predictor:
 def network_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
     """Return the (height, width) that an image of a (height, width) is resized to.
 
-    Its short side becomes ``short_side`` pixels, or less where the long side would be longer than ``long_side``; 0 for
-    images that keep their size.
+    Its short side becomes ``short_side`` pixels, or less, but never 0, where the long side would be longer than
+    ``long_side``. A ``short_side`` of 0 is for images that keep their size.
     """
     if short_side == 0:
         return tuple(size)
@@ -108,7 +108,7 @@ def network_size(size: tuple[int, int], short_side: int, long_side: int) -> tupl
     if max(height, width) > long_side:
         scale = long_side / max(height, width)
         height, width = height * scale, width * scale
-    return int(height + 0.5), int(width + 0.5)
+    return max(int(height + 0.5), 1), max(int(width + 0.5), 1)
 
 
 # ---- mask voting
@@ -467,7 +467,7 @@ def run(args: argparse.Namespace) -> None:
         twice = sorted({stem for stem in stems if stems.count(stem) > 1})
         if twice:
             raise ValueError(f"Masks of several images would be {twice[0]}.png. Predict them in several calls.")
-        os.makedirs(args.output, exist_ok=True)
+    os.makedirs(os.path.dirname(args.output) or "." if as_json else args.output, exist_ok=True)
     names, ids = predictor.settings["class_names"], predictor.settings["category_ids"]
     content = {"images": [], "categories": [{"id": i, "name": x} for i, x in zip(ids, names)], "annotations": []}
     for image_id, path in enumerate(args.images, start=1):

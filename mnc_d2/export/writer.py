@@ -40,23 +40,22 @@ def export_model(
 
     Args:
         path, config, overrides: as :func:`~mnc_d2.predictor.load_predictor` takes them.
-        output: the file; its folder must be there.
+        output: the file; its folder is made if need be.
         format: one of ``FORMATS``: "onnx", or "torch" for ``torch.export``.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`~mnc_d2.predictor.load_predictor` does; the folder of ``output`` does
-            not exist; the model has a part that cannot be exported; or a package for ONNX is missing.
+        FileNotFoundError, ValueError: as :func:`~mnc_d2.predictor.load_predictor` does; the model has a part that
+            cannot be exported; or a package for ONNX is missing.
     """
     if format not in FORMATS:
         raise ValueError(f"The format must be one of {', '.join(FORMATS)}, got {format!r}.")
     output = Path(output)
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"The folder {output.parent} does not exist.")
     if format == "onnx":
         _check_packages()
     cfg, description = load_model_config(path, device="cpu", config=config, overrides=overrides)
     if cfg.INPUT.EXACT_SCALE_TEST:
         raise ValueError("Models with INPUT.EXACT_SCALE_TEST cannot be exported: the client resizes to whole pixels.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     network = CandidateNetwork(MNCPredictor(cfg).model).eval()
     metadata = json.dumps(describe(cfg, description, network))
     FORMATS[format](trace(network), metadata, output)

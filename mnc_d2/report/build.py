@@ -45,11 +45,12 @@ def write_report(run: str, dataset: str, model: str, description: ModelDescripti
         dataset: a registered dataset.
         model: the checkpoint that shows what the passes do.
         description: what it says of itself.
-        output: the HTML file.
+        output: the HTML file; its folder is made if need be.
 
     Raises:
         FileNotFoundError: there are no predictions.
     """
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
     predictions = read_predictions(run, dataset)
     truth = load_ground_truth(dataset)
     task = "segm" if not truth.without_mask and all("segmentation" in x for x in predictions) else "bbox"

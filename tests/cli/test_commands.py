@@ -77,11 +77,11 @@ def test_evaluation_needs_the_model_and_the_data_only(trained, coco_dataset, cap
 
 
 @pytest.mark.usefixtures("clean_catalogs")
-def test_a_report_is_one_page_about_the_run(trained, capsys):
-    folder, _ = trained
-    main(["report", str(folder)])
-    assert str(folder / "report.html") in capsys.readouterr().out
-    page = (folder / "report.html").read_text()
+def test_a_report_is_one_page_about_the_run(trained, tmp_path, capsys):
+    output = tmp_path / "new" / "folder" / "report.html"
+    main(["report", str(trained[0]), "--output", str(output)])
+    assert str(output) in capsys.readouterr().out
+    page = output.read_text()
     for text in (
         "square",
         "Learning curves",

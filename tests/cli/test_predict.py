@@ -51,6 +51,16 @@ def test_results_are_a_dataset_in_coco_format(model_file, folder, tmp_path, batc
         assert Image.open(output / name).width == 640
 
 
+def test_images_of_any_shape_are_predicted(model_file, tmp_path):
+    sizes = {"dot.png": (1, 1), "high.png": (3000, 1), "wide.png": (1, 3000)}
+    (tmp_path / "thin").mkdir()
+    for name, size in sizes.items():
+        Image.new("L", size[::-1], 200).save(tmp_path / "thin" / name)
+    overrides = ["--set", "INPUT.MIN_SIZE_TEST", "64", "--set", "INPUT.MAX_SIZE_TEST", "100"]
+    result = predict(model_file, [tmp_path / "thin"], tmp_path / "out", "--score", 0, *overrides)
+    assert [(x["height"], x["width"]) for x in result["images"]] == list(sizes.values())
+
+
 def test_the_score_decides_what_counts(model_file, folder, tmp_path):
     all_of_them = predict(model_file, [folder / "a.png"], tmp_path / "all", "--score", 0)["annotations"]
     score = sorted(x["score"] for x in all_of_them)[-2]

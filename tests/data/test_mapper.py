@@ -188,6 +188,28 @@ def test_from_config(image_file):
     assert instances.gt_has_mask.tolist() == [True]
 
 
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1)])
+@pytest.mark.parametrize("flip", ["horizontal", "vertical"])
+def test_the_short_side_of_a_thin_image_keeps_a_pixel(tmp_path, size, flip):
+    """Flipped arrays with a side of one pixel have a negative stride that numpy takes for contiguous."""
+    height, width = size
+    Image.new("L", (width, height)).save(tmp_path / "thin.png")
+    cfg = get_cfg()
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.MASK_FORMAT, cfg.INPUT.RANDOM_FLIP = "bitmask", flip
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (600,), 1000
+    mapper = MNCDatasetMapper(cfg, is_train=True)
+    (flips,) = (x for x in mapper.augmentations.augs if isinstance(x, T.RandomFlip))
+    flips.prob = 1.0
+    whole = {"bbox": [0, 0, width, height], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    whole["segmentation"] = mask_util.encode(np.ones(size, dtype=np.uint8, order="F"))
+    data = mapper({"file_name": str(tmp_path / "thin.png"), "height": height, "width": width, "annotations": [whole]})
+    expected = (600, 600) if size == (1, 1) else tuple(min(x, 1000) for x in size)
+    assert data["image"].shape[1:] == expected
+    assert data["instances"].gt_boxes.tensor.tolist() == [[0, 0, expected[1], expected[0]]]
+    assert data["instances"].gt_masks.tensor.shape[1:] == expected and data["instances"].gt_masks.tensor.all()
+
+
 def test_polygon_mask_format_is_refused_by_its_key():
     cfg = get_cfg()
     cfg.INPUT.MASK_FORMAT = "polygon"

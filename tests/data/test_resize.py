@@ -118,6 +118,17 @@ def test_training_is_resized_as_ever():
     assert not any(isinstance(x, ResizeByExactScale) for x in augmentations)
 
 
-def test_an_image_that_would_vanish_is_named():
-    with pytest.raises(ValueError, match="An image of 2000 x 1 pixels is too thin"):
-        ResizeByExactScale(600, 900).get_transform(np.zeros((1, 2000, 3), dtype=np.uint8))
+@pytest.mark.parametrize("size, resized", [((1, 30), (1, 9)), ((50, 2), (9, 1)), ((1, 1), (6, 6))])
+@pytest.mark.parametrize("exact", [True, False])
+def test_one_pixel_of_the_short_side_is_left(exact, size, resized):
+    cfg = get_config("quickstart/mnc_R_18_FPN.yaml")
+    cfg.INPUT.EXACT_SCALE_TEST = exact
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 6, 9
+    image = make_image(*size)
+    found = build_test_resize(cfg).get_transform(image).apply_image(image)
+    assert found.shape == (*resized, 3)
+    if exact:
+        assert scaled_size(size, exact_scale(size, 6, 9)) == resized
+        higher = np.pad(image, [(0, 3), (0, 3), (0, 0)], mode="edge")
+        expected = slow_resize(higher, exact_scale(size, 6, 9))[: resized[0], : resized[1]]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)

@@ -4,11 +4,11 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from detectron2.data import transforms as T
 from detectron2.layers import paste_masks_in_image
 from PIL import Image
 
 from mnc_d2.data import read_image
+from mnc_d2.data.resize import ResizeShortestEdge
 from mnc_d2.modeling import vote_masks
 
 pytest.importorskip("onnxruntime")
@@ -95,11 +95,11 @@ def test_masks_are_pasted_as_detectron2_does():
     assert (found != expected).sum() <= 1 and expected.any(axis=(1, 2)).sum() > 10
 
 
-@pytest.mark.parametrize("size", [(480, 640), (640, 480), (37, 1000), (100, 100), (333, 500)])
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (37, 1000), (100, 100), (333, 500), (1, 3000), (3000, 1)])
 @pytest.mark.parametrize("sides", [(600, 1000), (256, 1333), (0, 1333)])
 def test_images_are_resized_as_the_model_does(size, sides):
     image = np.zeros((*size, 3), dtype=np.uint8)
-    expected = T.ResizeShortestEdge([sides[0]] * 2, sides[1]).get_transform(image).apply_image(image)
+    expected = ResizeShortestEdge([sides[0]] * 2, sides[1]).get_transform(image).apply_image(image)
     assert client.network_size(size, *sides) == expected.shape[:2]
 
 

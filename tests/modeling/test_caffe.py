@@ -404,6 +404,8 @@ def test_images_that_were_rounded_are_refused(cfg, model):
     assert len(model([{**inputs, "image": flat}])) == 1
     # An image that keeps its size has whole grey levels.
     assert len(model([make_input(cfg, 96, 150)])) == 1
+    # So has one of a third of its size: every sample is in the middle of a pixel.
+    assert len(model([make_input(cfg, 3 * 96, 3 * 100)])) == 1
 
 
 def test_deltas_without_bounds_give_boxes_of_the_image():

@@ -57,7 +57,12 @@ def test_only_the_wanted_outputs_are_made_and_no_layer_after_the_last():
 
 @pytest.mark.parametrize(
     ("size", "down", "up"),
-    [((600, 840), (37, 52), (38, 53)), ((75, 113), (4, 7), (5, 8)), ((17, 16), (1, 1), (2, 1))],
+    [
+        ((600, 840), (37, 52), (38, 53)),
+        ((75, 113), (4, 7), (5, 8)),
+        ((17, 16), (1, 1), (2, 1)),
+        ((1, 40), (1, 3), (1, 3)),
+    ],
 )
 def test_odd_sizes_round_down_or_as_caffe_does_up(size, down, up):
     assert output_sizes(VGG16(), *size)["conv5"][2:] == down

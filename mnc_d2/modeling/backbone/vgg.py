@@ -43,7 +43,8 @@ class VGG16(Backbone):
                 "conv4" (8, 512) and "conv5" (16, 512). Stages after the last of them are not built.
             in_channels: channels of the images.
             freeze_at: the stages conv1 to conv<freeze_at> are not trained; 0 trains all.
-            ceil_mode: whether pooling keeps the last row or column of an odd size (as Caffe does) or drops it.
+            ceil_mode: whether pooling keeps the last row or column of an odd size (as Caffe does) or drops it, where
+                it is not the only one.
 
         Raises:
             ValueError: an unknown output, none at all, or ``freeze_at`` outside 0 to 5.
@@ -85,7 +86,9 @@ class VGG16(Backbone):
         outputs = {}
         for i, (name, layers) in enumerate(self._layers.items()):
             if i > 0:
-                x = F.max_pool2d(x, kernel_size=2, stride=2, ceil_mode=self.ceil_mode)
+                # The last row of images lower than 16 pixels stays, whatever the mode.
+                ceil_mode = self.ceil_mode or min(x.shape[2:]) == 1
+                x = F.max_pool2d(x, kernel_size=2, stride=2, ceil_mode=ceil_mode)
             for layer in layers:
                 x = F.relu_(getattr(self, layer)(x))
             if name in self._out_features:
