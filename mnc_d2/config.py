@@ -26,7 +26,8 @@ _POSITIVE = """
 """.split()
 _NOT_NEGATIVE = """
     DATALOADER.NUM_WORKERS INPUT.MIN_SIZE_TEST INPUT.MIN_SIZE_TRAIN MODEL.BACKBONE.FREEZE_AT
-    MODEL.MNC.DELTA_GRADIENT_CLIP MODEL.MNC.MASK_LOSS_WEIGHT SOLVER.GAMMA SOLVER.MAX_CHECKPOINTS SOLVER.MOMENTUM
+    MODEL.MNC.DELTA_GRADIENT_CLIP MODEL.MNC.MASK_LOSS_WEIGHT SOLVER.BACKBONE_LR_FACTOR SOLVER.GAMMA
+    SOLVER.MAX_CHECKPOINTS SOLVER.MOMENTUM
     SOLVER.WARMUP_FACTOR SOLVER.WARMUP_ITERS SOLVER.WEIGHT_DECAY TEST.EVAL_PERIOD TEST.NUM_PICTURES VIS_PERIOD
 """.split()
 _FRACTIONS = """
@@ -222,6 +223,10 @@ def add_mnc_config(cfg: CN) -> None:
 
     # "SGD" (the paper) or "ADAMW", which learns faster from random initialisation.
     cfg.SOLVER.OPTIMIZER = "SGD"
+
+    # With "ADAMW": factor of the learning rate of the network below a feature pyramid. Less than 1 keeps more of what
+    # it was pretrained for: docs/comparison.md.
+    cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0
 
     # Batches of IMS_PER_BATCH images whose gradients are averaged to one step of the optimizer. An iteration is one
     # step, whatever this number. The authors: IMS_PER_BATCH 1, ACCUMULATE 8.

@@ -21,6 +21,7 @@ from mnc_d2.engine import (
     started_by_torchrun,
 )
 from mnc_d2.layers import clip_gradient
+from mnc_d2.model_zoo import get_config
 from mnc_d2.modeling import CausalGradients
 
 
@@ -250,3 +251,19 @@ def test_torchrun_is_told_from_its_environment(monkeypatch):
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     assert started_by_torchrun()
+
+
+def test_the_pretrained_network_has_its_own_learning_rate():
+    cfg = get_config("quickstart/mnc_R_18_FPN.yaml")
+    cfg.SOLVER.BACKBONE_LR_FACTOR = 0.1
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"bottom_up": nn.Linear(1, 1), "fpn": nn.Linear(1, 1)})})
+    optimizer = MNCTrainer.build_optimizer(cfg, model)
+    rates = {id(x): group["lr"] for group in optimizer.param_groups for x in group["params"]}
+    assert {name: rates[id(x)] / cfg.SOLVER.BASE_LR for name, x in model.named_parameters()} == pytest.approx(
+        {
+            "backbone.bottom_up.weight": 0.1,
+            "backbone.bottom_up.bias": 0.1,
+            "backbone.fpn.weight": 1,
+            "backbone.fpn.bias": 1,
+        }
+    )

@@ -213,6 +213,9 @@ class MNCTrainer(DefaultTrainer):
             weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
             bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+            lr_factor_func=lambda name: (
+                cfg.SOLVER.BACKBONE_LR_FACTOR if name.startswith("backbone.bottom_up.") else 1.0
+            ),
         )
         return maybe_add_gradient_clipping(cfg, torch.optim.AdamW(parameters, lr=cfg.SOLVER.BASE_LR))
 

@@ -107,9 +107,7 @@ class CausalRPN(RPN):
             attach_anchors(selected, *(torch.cat(levels, dim=1) for levels in (anchors, decoded, logits, deltas)))
         return selected
 
-    def _decode(
-        self, anchors: torch.Tensor, deltas: torch.Tensor, image_sizes: list[tuple[int, int]]
-    ) -> torch.Tensor:
+    def _decode(self, anchors: torch.Tensor, deltas: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
         """The boxes of anchors (N, K, 4) of one level, before they are clipped to the images: (N, K, 4)."""
         deltas = self.gradients.of_deltas(deltas, len(image_sizes))
         boxes = self.box2box_transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import build_mask_head
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from mnc_d2.modeling import MaskRegressionHead
+from mnc_d2.model_zoo import get_config
+from mnc_d2.modeling import MaskFusionHead, MaskRegressionHead
 from mnc_d2.modeling.roi_heads.mask_supervision import crop_masks, instance_mask_iou, mask_loss, warp_mask_targets
 
 H, W, M = 40, 50, 4
@@ -245,3 +247,33 @@ def test_head_does_not_depend_on_the_memory_format_of_the_features():
     head = MaskRegressionHead(ShapeSpec(channels=2, height=6, width=6), hidden_dim=5, mask_size=9)
     features = torch.rand(3, 2, 6, 6)
     assert torch.equal(head(features), head(features.contiguous(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_fusion_head_is_the_sum_of_both_paths(count):
+    head = MaskFusionHead(
+        ShapeSpec(channels=2, height=3, width=3), num_conv=1, conv_dim=4, hidden_dim=5, mask_size=6, init_std=0.1
+    )
+    features = torch.rand(count, 2, 3, 3)
+    expected = MaskRegressionHead.forward(head, features) + head.local(features)[:, 0]
+    assert expected.shape == (count, 6, 6)
+    torch.testing.assert_close(head(features), expected)
+    # The last layer enlarges each bin to its own texels: one bin reaches no further than its neighbours' texels.
+    moved = torch.zeros(1, 2, 3, 3)
+    moved[..., 0, 0] = 1
+    change = head.local(moved) - head.local(torch.zeros_like(moved))
+    assert change[..., 4:, :].abs().max() == change[..., :, 4:].abs().max() == 0
+    assert change.abs().max() > 0
+
+
+def test_fusion_head_needs_a_multiple_of_the_pooled_size():
+    with pytest.raises(ValueError, match="MODEL.MNC.MASK_SIZE is 7.*POOLER_RESOLUTION, 3"):
+        MaskFusionHead(ShapeSpec(channels=2, height=3, width=3), num_conv=1, conv_dim=4, mask_size=7)
+
+
+def test_fusion_head_is_built_from_the_config():
+    cfg = get_config("quickstart/mnc_R_18_FPN.yaml")
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskFusionHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV, cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 2, 8
+    head = build_mask_head(cfg, ShapeSpec(channels=3, height=14, width=14))
+    assert [x.weight.shape[:2] for x in head.local if hasattr(x, "weight")] == [(8, 3), (8, 8), (8, 1)]

@@ -1,7 +1,7 @@
 from .cascade_pass import CascadePass
 from .cfm_roi_heads import CFMROIHeads
 from .classifier import MaskedFeatureClassifier
-from .mask_head import MaskRegressionHead
+from .mask_head import MaskFusionHead, MaskRegressionHead
 from .mask_supervision import MaskSupervision
 from .mask_voting import vote_masks
 from .mnc_roi_heads import MNCROIHeads
@@ -13,6 +13,7 @@ __all__ = [
     "CascadePass",
     "MNCOutputLayers",
     "MNCROIHeads",
+    "MaskFusionHead",
     "MaskRegressionHead",
     "MaskSupervision",
     "MaskedFeatureClassifier",

@@ -46,3 +46,54 @@ class MaskRegressionHead(nn.Module):
         """Return mask logits (R, m, m), at least float32, for pooled features (R, C, S, S)."""
         hidden = F.relu(self.fc1(features.flatten(1)))
         return at_least_float32(self.fc2(hidden)).view(-1, self.mask_size, self.mask_size)
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class MaskFusionHead(MaskRegressionHead):
+    """The sum of two logits: of fully connected layers, which know the shape, and of convolutions, which know its edge.
+
+    Fully-connected fusion of the Path Aggregation Network (Liu et al., CVPR 2018, section 3.4), class-agnostic.
+    """
+
+    @configurable
+    def __init__(self, input_shape: ShapeSpec, *, num_conv: int, conv_dim: int, **fc_options) -> None:
+        """
+        Args:
+            input_shape: channels, height and width of the pooled features.
+            num_conv: 3 x 3 convolutions before the one that enlarges to m x m.
+            conv_dim: their channels.
+            fc_options: of :class:`MaskRegressionHead`.
+
+        Raises:
+            ValueError: m is no multiple of the size of the pooled features.
+        """
+        super().__init__(input_shape, **fc_options)
+        scale, remainder = divmod(self.mask_size, input_shape.height)
+        if remainder:
+            raise ValueError(
+                f"MODEL.MNC.MASK_SIZE is {self.mask_size}. MaskFusionHead needs a multiple of "
+                f"MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION, {input_shape.height}."
+            )
+        layers, channels = [], input_shape.channels
+        for _ in range(num_conv):
+            layers += [nn.Conv2d(channels, conv_dim, 3, padding=1), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layers[-2].bias)
+            channels = conv_dim
+        predictor = nn.ConvTranspose2d(channels, 1, scale, stride=scale)
+        nn.init.normal_(predictor.weight, std=0.001)
+        nn.init.zeros_(predictor.bias)
+        self.local = nn.Sequential(*layers, predictor)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        mask_head = cfg.MODEL.ROI_MASK_HEAD
+        return {
+            **super().from_config(cfg, input_shape),
+            "num_conv": mask_head.NUM_CONV,
+            "conv_dim": mask_head.CONV_DIM,
+        }
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Return mask logits (R, m, m), at least float32, for pooled features (R, C, S, S)."""
+        return super().forward(features) + at_least_float32(self.local(features)).squeeze(1)
