@@ -16,7 +16,9 @@ def test_it_serves_until_it_is_interrupted(model_file):
     pytest.importorskip("flask", reason="the extra 'serve' is not installed: pip install flask waitress")
     pytest.importorskip("waitress", reason="the extra 'serve' is not installed: pip install flask waitress")
     command = [sys.executable, "-m", "mnc_d2", "serve", str(model_file), "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Tests that run in the background may ignore SIGINT, and so would what they start.
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "text": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         line = process.stdout.readline()
         address = re.match(r"http://127\.0\.0\.1:\d+/", line)
         try:
