@@ -27,8 +27,8 @@ _POSITIVE = """
 _NOT_NEGATIVE = """
     DATALOADER.NUM_WORKERS INPUT.MIN_SIZE_TEST INPUT.MIN_SIZE_TRAIN MODEL.BACKBONE.FREEZE_AT
     MODEL.MNC.DELTA_GRADIENT_CLIP MODEL.MNC.MASK_LOSS_WEIGHT SOLVER.BACKBONE_LR_FACTOR SOLVER.GAMMA
-    SOLVER.MAX_CHECKPOINTS SOLVER.MOMENTUM SOLVER.WARMUP_FACTOR SOLVER.WARMUP_ITERS SOLVER.WEIGHT_DECAY TEST.EVAL_PERIOD
-    TEST.NUM_PICTURES VIS_PERIOD
+    SOLVER.MAX_CHECKPOINTS SOLVER.MAX_SKIPPED_STEPS SOLVER.MOMENTUM SOLVER.WARMUP_FACTOR SOLVER.WARMUP_ITERS
+    SOLVER.WEIGHT_DECAY TEST.EVAL_PERIOD TEST.NUM_PICTURES VIS_PERIOD
 """.split()
 _FRACTIONS = """
     MODEL.MNC.BACKGROUND_FRACTIONS MODEL.MNC.BACKGROUND_IOU_BANDS MODEL.MNC.MASK_IOU_THRESHOLD MODEL.MNC.MASK_THRESHOLD
@@ -231,6 +231,9 @@ def add_mnc_config(cfg: CN) -> None:
     # Batches of IMS_PER_BATCH images whose gradients are averaged to one step of the optimizer. An iteration is one
     # step, whatever this number. The authors: IMS_PER_BATCH 1, ACCUMULATE 8.
     cfg.SOLVER.ACCUMULATE = 1
+    # Iterations that may end without a step, because a loss, a gradient or a box of the RPN is not finite, before the
+    # training ends; 0 ends it at the first loss or box. Not counted are gradients that a loss scale made infinite.
+    cfg.SOLVER.MAX_SKIPPED_STEPS = 0
     # With AMP.ENABLED: "float16" (with a loss scale), "bfloat16", or "auto": the first on a GPU, the second on the CPU.
     cfg.SOLVER.AMP.PRECISION = "auto"
 

@@ -1,5 +1,7 @@
 """Several processes: the gradients of two are those of one, and both ways to start them run train_net.py."""
 
+import io
+import logging
 import sys
 
 import pytest
@@ -10,9 +12,10 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from test_train_net import SCRIPT, arguments_for, read_metrics, run
+from torch.nn.parallel import DistributedDataParallel
 
 from mnc_d2.data import register_coco_dataset
-from mnc_d2.engine import MNCTrainer, leave_process_group
+from mnc_d2.engine import AccumulatingTrainer, MNCTrainer, leave_process_group
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
 
@@ -118,6 +121,48 @@ def test_two_processes_have_the_gradients_of_one_with_all_images(drawn, step_con
     for steps in zip(main, other):
         assert_same_step(steps[0], expected)
         assert all(steps[1][0][name].equal(gradient) for name, gradient in steps[0][0].items())
+
+
+class Line(torch.nn.Module):
+    """A weight times the x of a batch's only image; x = None is refused, as the RPN refuses boxes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, batch):
+        if batch[0]["x"] is None:
+            raise FloatingPointError
+        return {"loss": self.weight * batch[0]["x"]}
+
+
+def run_fragile_process(rank, num_processes, folder):
+    """Four iterations: a good one, two in which the second process has a bad batch, a good one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_processes)
+    comm.create_local_process_group(num_processes)
+    values = [1.0, float("nan") if rank else 1.0, None if rank else 1.0, 3.0]
+    batches = [[{"file_name": f"{rank}_{i}.png", "x": x}] for i, x in enumerate(values)]
+    model = DistributedDataParallel(Line())
+    trainer = AccumulatingTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.25), max_skipped=2)
+    log = io.StringIO()
+    logging.getLogger("mnc_d2").addHandler(logging.StreamHandler(log))
+    with EventStorage() as storage:
+        for trainer.iter in range(len(values)):
+            trainer.run_step()
+            storage.step()
+    torch.save({"weight": model.module.weight.item(), "log": log.getvalue()}, folder / f"{rank}.pth")
+    leave_process_group()
+
+
+def test_all_processes_leave_out_the_steps_that_one_cannot_make(tmp_path):
+    mp.start_processes(run_fragile_process, (2, tmp_path), nprocs=2, start_method="spawn")
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pth")
+        assert result["weight"] == 2 - 0.25 * 1 - 0.25 * 3
+        first, second = result["log"].splitlines()
+        assert first == "Iteration 1 makes no step (1 of 2): loss is not finite, with the images 1_1.png."
+        assert second == "Iteration 2 makes no step (2 of 2): a box of the RPN is not finite, with the images 1_2.png."
 
 
 # ---- train_net.py

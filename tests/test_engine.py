@@ -85,6 +85,77 @@ def test_processes_exchange_gradients_once_an_iteration(tmp_path):
     assert model.module.weight.item() == 2 - 3
 
 
+# ---- steps that are left out
+
+
+class Fragile(Toy):
+    """A toy whose batch is one image with x, which refuses x = None as the RPN does boxes that are not finite."""
+
+    def forward(self, batch):
+        if batch[0]["x"] is None:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+        losses = super().forward(batch[0]["x"])
+        # Twice sqrt(0) at x = 0: the loss is 0 and its gradient is not a number.
+        return {**losses, "root": (self.weight * batch[0]["x"]).sqrt() * 0}
+
+
+def fragile_trainer(values, max_skipped, **kwargs):
+    batches = [[{"file_name": f"{i}.png", "x": x}] for i, x in enumerate(values)]
+    model = Fragile()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return AccumulatingTrainer(model, batches, optimizer, max_skipped=max_skipped, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [(float("nan"), "plain, clipped, root is"), (float("inf"), "plain, "), (0.0, "a gradient is"), (None, "a box of")],
+    ids=["NaN", "infinity", "gradient", "boxes"],
+)
+def test_steps_of_numbers_that_are_not_finite_are_left_out_and_counted(bad, what, caplog):
+    trainer = fragile_trainer([1.0, bad, 2.0], max_skipped=1)
+    first, second, third = run_steps(trainer, 3)
+    assert trainer.model.weight.item() == 2 - 1 - 2
+    assert "skipped_steps" not in first and second["skipped_steps"] == third["skipped_steps"] == 1
+    assert second["total_loss"] == first["total_loss"] == 4  # that of the step before
+    (message,) = (x.getMessage() for x in caplog.records if x.name == "mnc_d2.engine.step")
+    assert message.startswith(f"Iteration 1 makes no step (1 of 1): {what}") and "images 1.png." in message
+
+
+def test_one_step_too_many_that_is_not_finite_ends_the_training():
+    trainer = fragile_trainer([0.0, 1.0, None], max_skipped=1)
+    with pytest.raises(FloatingPointError, match="a box of the RPN is not finite, with the images 2.png. 1 steps were"):
+        run_steps(trainer, 3)
+    assert trainer.model.weight.item() == 2 - 1
+    with pytest.raises(FloatingPointError, match="Predicted boxes or scores"):
+        run_steps(fragile_trainer([None], max_skipped=0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), None], ids=["NaN", "boxes"])
+def test_a_step_of_several_batches_is_left_out_with_all_of_them(bad, caplog):
+    trainer = fragile_trainer([bad, 1.0, 2.0, 4.0], max_skipped=1, num_batches=2)
+    run_steps(trainer, 2)
+    assert trainer.model.weight.item() == 2 - 3
+    assert "0.png, 1.png" in caplog.text
+
+
+def test_the_number_of_steps_left_out_is_resumed():
+    trainer = fragile_trainer([float("nan")], max_skipped=1)
+    run_steps(trainer)
+    resumed = fragile_trainer([float("nan")], max_skipped=1)
+    resumed.load_state_dict(trainer.state_dict())
+    with pytest.raises(FloatingPointError):
+        run_steps(resumed)
+
+
+def test_gradients_that_a_loss_scale_made_infinite_do_not_count():
+    trainer = fragile_trainer([1e35, 1.0], max_skipped=1, precision=torch.float16)
+    trainer.precision = None  # the loss itself is finite
+    before = trainer.grad_scaler.get_scale()
+    run_steps(trainer)
+    assert trainer.num_skipped == 0 and trainer.model.weight.item() == 2
+    assert trainer.grad_scaler.get_scale() == before / 2
+
+
 # ---- mixed precision
 
 

@@ -208,6 +208,31 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_what_there_is_to_know(
     assert all(x.isfinite().all() for x in trainer.model.state_dict().values())
 
 
+def test_a_resume_keeps_count_of_the_steps_that_were_left_out(make_trainer):
+    def make(folder):
+        overrides = {"SOLVER.MAX_SKIPPED_STEPS": 1, "SOLVER.MAX_ITER": 4, "DATASETS.TEST": (), "TEST.EVAL_PERIOD": 0}
+        trainer = make_trainer(folder, **overrides)
+        proxy = weakref.proxy(trainer)
+        factors = {1: float("nan")}  # of the losses of iteration 1
+        trainer.model.register_forward_hook(
+            lambda module, inputs, losses: {k: v * factors.get(proxy.iter, 1) for k, v in losses.items()}
+        )
+        return trainer
+
+    whole = make("whole")
+    train(whole)
+    killed = make("parts")
+    killed.register_hooks([At(killed, 2, kill)])
+    with pytest.raises(Killed):
+        train(killed)
+    resumed = make("parts")
+    train(resumed, resume=True)
+    assert resumed.start_iter == 2
+    assert_same(result_of(resumed), result_of(whole))
+    checkpoint, lines = result_of(whole)
+    assert checkpoint["trainer"]["_trainer"]["num_skipped"] == lines[-1]["skipped_steps"] == 1
+
+
 def test_weights_that_are_not_finite_end_the_training_where_they_would_be_saved(make_trainer, tmp_path):
     trainer = make_trainer("output", **{"SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_ITER": 3, "DATASETS.TEST": ()})
     weight = trainer.model.proposal_generator.rpn_head.conv.weight

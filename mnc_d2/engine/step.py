@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from ..layers import HALF_PRECISIONS
 from ..modeling import CausalGradients
+
+logger = logging.getLogger(__name__)
 
 
 class AccumulatingTrainer(SimpleTrainer):
@@ -19,6 +25,9 @@ class AccumulatingTrainer(SimpleTrainer):
 
     An iteration is one step of the optimizer, with the mean of the gradients of ``num_batches`` batches. The losses
     that are logged are the means over these batches too.
+
+    Attributes:
+        num_skipped: steps of the training so far that were not made, as ``max_skipped`` allows.
     """
 
     def __init__(
@@ -29,6 +38,7 @@ class AccumulatingTrainer(SimpleTrainer):
         *,
         num_batches: int = 1,
         precision: torch.dtype | None = None,
+        max_skipped: int = 0,
     ) -> None:
         """
         Args:
@@ -37,37 +47,100 @@ class AccumulatingTrainer(SimpleTrainer):
             optimizer: steps the parameters of ``model``.
             num_batches: batches to an iteration.
             precision: dtype for autocast, ``torch.float16`` with a ``GradScaler``; None for no autocast.
+            max_skipped: steps that may be left out of a training because a loss or a gradient is not finite. All
+                processes leave out the same. 0 looks at losses only.
         """
         super().__init__(model, data_loader, optimizer)
         self.num_batches = num_batches
         self.precision = precision
+        self.max_skipped = max_skipped
+        self.num_skipped = 0
         self.device_type = next(model.parameters()).device.type
         # A scaler that is not enabled passes losses and steps on as they are.
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
 
     def run_step(self) -> None:
-        """Run one iteration."""
+        """Run one iteration.
+
+        Raises:
+            FloatingPointError: a number that is looked at is not finite, and no more steps may be left out.
+        """
         if not self.model.training:
             raise RuntimeError("The model was changed to eval mode.")
         self.optimizer.zero_grad()
-        data_time, batches = 0.0, []
+        data_time, batches, images, failed = 0.0, [], [], False
         for index in range(self.num_batches):
             start = time.perf_counter()
             data = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
+            if self.max_skipped:
+                images += [str(x.get("file_name", x.get("image_id"))) for x in data]
             with self._no_sync() if index + 1 < self.num_batches else nullcontext():
-                with torch.autocast(self.device_type, dtype=self.precision, enabled=self.precision is not None):
-                    losses = self.model(data)
+                losses = self._compute_losses(data)
+                failed = failed or losses is None
+                if self._is_skipped(losses is None):
+                    continue
                 self.grad_scaler.scale(sum(losses.values())).backward()
             batches.append({name: loss.detach() for name, loss in losses.items()})
+        if len(batches) < self.num_batches:
+            self._skip("a box of the RPN", failed, images)
+            return
         self._average_gradients()
         self.after_backward()
         means = [torch.stack([losses[name] for losses in batches]).mean() for name in batches[0]]
-        # Read all at once, for each reading waits for a GPU. Raises FloatingPointError before the optimizer has seen a
-        # loss that is not finite.
-        self.write_metrics(dict(zip(batches[0], torch.stack(means).cpu())), data_time, self.iter)
+        # Read all at once, for each reading waits for a GPU.
+        values = torch.stack([*means, *self._largest_gradient()]).cpu()
+        losses = dict(zip(batches[0], values))
+        if self._is_skipped(not values.isfinite().all()):
+            bad = [name for name, loss in losses.items() if not loss.isfinite()]
+            self._skip(", ".join(bad) or "a gradient", bool(bad), images)
+            return
+        # Raises FloatingPointError before the optimizer has seen a loss that is not finite.
+        self.write_metrics(losses, data_time, self.iter)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _compute_losses(self, data) -> dict[str, torch.Tensor] | None:
+        """Return the losses of a batch; None where the model refuses its own numbers and the step may be left out."""
+        try:
+            with torch.autocast(self.device_type, dtype=self.precision, enabled=self.precision is not None):
+                return self.model(data)
+        except FloatingPointError:  # of Detectron2's RPN
+            if self.max_skipped:
+                return None
+            raise
+
+    def _largest_gradient(self) -> list[torch.Tensor]:
+        """Return the largest element of all gradients, where it decides on a step; a loss scale decides by itself."""
+        if not self.max_skipped or self.grad_scaler.is_enabled():
+            return []
+        parameters = [x for group in self.optimizer.param_groups for x in group["params"] if x.grad is not None]
+        return [torch.stack([torch.linalg.vector_norm(x.grad, math.inf) for x in parameters]).max()]
+
+    def _is_skipped(self, bad: bool) -> bool:
+        """Return whether this step, which is bad in this process or not, is left out: all processes agree."""
+        return self.max_skipped > 0 and any(comm.all_gather(bool(bad)))
+
+    def _skip(self, what: str, here: bool, images: list[str]) -> None:
+        """Count a step that is left out.
+
+        Args:
+            what: is not finite in this process.
+            here: whether the images of this process made it so; a gradient is that of all.
+            images: of this step and this process.
+
+        Raises:
+            FloatingPointError: it is one too many.
+        """
+        reports = comm.all_gather((here, what, images))
+        guilty = [x for x in reports if x[0]] or reports
+        names = ", ".join(dict.fromkeys(name for x in guilty for name in x[2]))
+        reason = f"{guilty[0][1]} is not finite, with the images {names}."
+        if self.num_skipped >= self.max_skipped:
+            raise FloatingPointError(f"{reason} {self.num_skipped} steps were skipped, SOLVER.MAX_SKIPPED_STEPS.")
+        self.num_skipped += 1
+        get_event_storage().put_scalar("skipped_steps", self.num_skipped, smoothing_hint=False)
+        logger.warning(f"Iteration {self.iter} makes no step ({self.num_skipped} of {self.max_skipped}): {reason}")
 
     def _no_sync(self):
         """Return a context in which gradients stay in this process: it is enough to average the sums of all batches."""
@@ -84,10 +157,15 @@ class AccumulatingTrainer(SimpleTrainer):
                         parameter.grad /= self.num_batches
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+        return {
+            **super().state_dict(),
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "num_skipped": self.num_skipped,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
+        self.num_skipped = state_dict.get("num_skipped", 0)  # absent in checkpoints of before
         if state_dict.get("grad_scaler"):  # absent or empty if that run had no loss scale
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 

@@ -66,7 +66,12 @@ class MNCTrainer(DefaultTrainer):
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None)
         self._trainer = AccumulatingTrainer(
-            model, data_loader, optimizer, num_batches=cfg.SOLVER.ACCUMULATE, precision=autocast_dtype(cfg)
+            model,
+            data_loader,
+            optimizer,
+            num_batches=cfg.SOLVER.ACCUMULATE,
+            precision=autocast_dtype(cfg),
+            max_skipped=cfg.SOLVER.MAX_SKIPPED_STEPS,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = MNCCheckpointer(
@@ -153,7 +158,8 @@ class MNCTrainer(DefaultTrainer):
         """Run one iteration.
 
         Raises:
-            FloatingPointError: a loss is not finite; the weights are those of before.
+            FloatingPointError: a loss is not finite, or another number that SOLVER.MAX_SKIPPED_STEPS looks at; the
+                weights are those of before.
         """
         seed_all(STEP, self.cfg.SEED, self.iter, comm.get_rank())
         with self._explained_divergence():
