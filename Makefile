@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 CONFIG := configs/quickstart/mnc_shapes.yaml
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-faults lint
+.PHONY: install clients quickstart test test-faults lint
 
 install: $(INSTALLED)
 
@@ -15,6 +15,10 @@ $(INSTALLED): requirements/pinned.txt requirements/detectron2.txt requirements/i
 	$(BIN)/python requirements/install_detectron2.py
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --editable .
 	touch $@
+
+# What some tests skip without: Playwright, which needs a system's chromium, and programs that use the models.
+clients: install
+	$(BIN)/python -m pip install --no-deps --requirement requirements/clients.txt
 
 quickstart: install
 	$(BIN)/python train_net.py --config-file $(CONFIG) --resume OUTPUT_DIR output/quickstart
