@@ -73,24 +73,26 @@ def run_cases(cases: list[Case], patience: float = PATIENCE) -> Iterator[tuple[s
     """Run cases in worker processes; yield the outcome of each and what was said."""
     context = multiprocessing.get_context("fork")  # with everything imported
     worker = None
-    for index in range(len(cases)):
-        if worker is None:
-            here, there = context.Pipe()
-            worker = context.Process(target=_work, args=(cases, there), daemon=True)
-            worker.start()
-            there.close()
-        here.send(index)
-        try:
-            outcome = here.recv() if here.poll(patience) else ("hang", f"more than {patience} s")
-        except EOFError:
-            worker.join()
-            outcome = "crash", f"exit code {worker.exitcode}"
-        if outcome[0] in ("crash", "hang"):
+    try:
+        for index in range(len(cases)):
+            if worker is None:
+                here, there = context.Pipe()
+                worker = context.Process(target=_work, args=(cases, there), daemon=True)
+                worker.start()
+                there.close()
+            here.send(index)
+            try:
+                outcome = here.recv() if here.poll(patience) else ("hang", f"more than {patience} s")
+            except EOFError:
+                worker.join()
+                outcome = "crash", f"exit code {worker.exitcode}"
+            if outcome[0] in ("crash", "hang"):
+                worker.kill()
+                worker = None
+            yield outcome
+    finally:  # also where the outcomes of the rest are not asked for
+        if worker is not None:
             worker.kill()
-            worker = None
-        yield outcome
-    if worker is not None:
-        worker.kill()
 
 
 def _work(cases: list[Case], connection) -> None:
