@@ -23,11 +23,6 @@ def make_rois(count, seed=0, n=2):
     return torch.cat((torch.randint(n, (count, 1), generator=generator), start, end), dim=1)
 
 
-@pytest.fixture(params=["center", "caffe"])
-def sampling(request):
-    return request.param
-
-
 class Warp(nn.Module):
     """What can be exported: a module."""
 
@@ -39,9 +34,11 @@ class Warp(nn.Module):
         return roi_warp(features, rois, 4, SCALE, **self.arguments)
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "max_pool"])
-def warp(request, sampling):
-    return Warp(sampling=sampling, max_pool=request.param)
+@pytest.fixture(params=[("center", True), ("caffe", False)], ids=["center, max_pool", "caffe, plain"])
+def warp(request):
+    """Both kinds of sampling, with and without the maximum; the compiler takes many seconds for each."""
+    sampling, max_pool = request.param
+    return Warp(sampling=sampling, max_pool=max_pool)
 
 
 def values_and_gradients(warp, features, rois):
