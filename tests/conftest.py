@@ -8,10 +8,11 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from devices import make_tensors_on
 from PIL import Image
+from programs import restored_catalogs
+from small_backbone import build_small_fpn_backbone
 
 from mnc_d2.checkpoint import ModelDescription
 from mnc_d2.model_zoo import get_config
@@ -34,7 +35,13 @@ def pytest_configure(config):
         make_tensors_on(DEVICE)
 
 
+# Begun with: long ones at the end would leave the other processes of make test without work.
+LONG_FILES = ["test_tutorial.py", "test_distributed.py", "test_export.py", "test_meta_arch.py", "test_train_net.py"]
+LONG_FILES += ["test_resume.py", "test_roi_warp_runtime.py", "test_compare.py", "test_voc.py", "test_timm_backbone.py"]
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
     for item in items:
         if DEVICE != "cpu" and item.get_closest_marker("cpu_only"):
             item.add_marker(pytest.mark.skip(reason="about the CPU"))
@@ -53,16 +60,18 @@ COLOURS = ((230, 60, 40), (50, 90, 220))
 @pytest.fixture
 def clean_catalogs():
     """Forget the datasets that a test registers."""
-    before = set(DatasetCatalog), set(MetadataCatalog)
-    yield
-    for catalog, names in zip((DatasetCatalog, MetadataCatalog), before):
-        for name in set(catalog) - names:
-            catalog.remove(name)
+    with restored_catalogs():
+        yield
 
 
 def shrink(name="quickstart/mnc_R_18_FPN.yaml", **overrides):
-    """Return a quickstart config shrunk to what tests can afford, not frozen."""
+    """Return a quickstart config shrunk to what tests can afford, not frozen.
+
+    Its backbone is known in the processes of the tests, so a program that is started needs another.
+    """
     cfg = get_config(name)
+    if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone":
+        cfg.MODEL.BACKBONE.NAME = build_small_fpn_backbone.__name__
     cfg.merge_from_list(
         [
             *("MODEL.DEVICE", DEVICE),
@@ -146,8 +155,7 @@ def model_file(small_config, tmp_path_factory):
     It finds something everywhere.
     """
     torch.manual_seed(0)
-    cfg = small_config()
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg = small_config(**{"MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone", "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0})
     description = ModelDescription(cfg.dump(), ["disc", "square"], [], [1, 2], "drawn", "0", {"segm/AP": 12.5})
     path = tmp_path_factory.mktemp("model") / "model_final.pth"
     torch.save({"model": build_model(cfg).state_dict(), "description": asdict(description)}, path)

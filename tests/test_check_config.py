@@ -1,9 +1,9 @@
 """What is wrong with a config is said with the name of the key, before anything is started."""
 
 import pickle
-from pathlib import Path
 
 import pytest
+from robustness.common import Code
 
 from mnc_d2.config import check_config
 
@@ -62,11 +62,7 @@ def test_a_model_that_cannot_be_is_an_error(config, key, value, message):
 
 
 def test_proposals_that_would_run_code_are_refused(config, tmp_path):
-    class Code:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "made",)
-
-    (tmp_path / "proposals.pkl").write_bytes(pickle.dumps({"boxes": Code()}))
+    (tmp_path / "proposals.pkl").write_bytes(pickle.dumps({"boxes": Code(tmp_path / "made")}))
     config.MODEL.LOAD_PROPOSALS = True
     config.DATASETS.PROPOSAL_FILES_TEST = (str(tmp_path / "proposals.pkl"),)
     with pytest.raises(ValueError, match="proposals.pkl cannot be read: it names pathlib.Path.touch"):

@@ -1,12 +1,11 @@
 """The comparison of variants: folds, statistics, and that it goes on where it was stopped."""
 
-import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from programs import load_script
 from scipy import stats
 
 SCRIPT = Path(__file__).parent / "benchmarks" / "compare.py"
@@ -14,12 +13,7 @@ SCRIPT = Path(__file__).parent / "benchmarks" / "compare.py"
 
 @pytest.fixture(scope="module")
 def compare():
-    spec = importlib.util.spec_from_file_location("compare", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["compare"]
+    return load_script(SCRIPT)
 
 
 def write_dataset(folder, name, count, **keys):
@@ -119,17 +113,19 @@ def test_wrong_arguments_are_named(compare, tmp_path, arguments, message):
         compare.plan_runs(options)
 
 
-def test_it_trains_each_variant_and_goes_on_where_it_was_stopped(coco_dataset, tmp_path):
+def test_it_trains_each_variant_and_goes_on_where_it_was_stopped(compare, coco_dataset, tmp_path, monkeypatch, capsys):
     annotations, images = map(str, coco_dataset)
     small = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"]
 
     def run(*seeds):
-        command = [sys.executable, str(SCRIPT), "--dataset", "drawn", annotations, images, "--train", "drawn"]
+        command = ["compare.py", "--dataset", "drawn", annotations, images, "--train", "drawn"]
         command += ["--test", "drawn", "--seeds", *seeds, "--iterations", "3", "--jobs", "1", "--output", str(tmp_path)]
         command += ["--mnc-config", "quickstart/mnc_R_18_FPN.yaml"]
         command += ["--mask-rcnn-config", "quickstart/mask_rcnn_R_18_FPN.yaml"]
         command += ["--variant", "mask_rcnn", "--variant", "narrow", "MODEL.MNC.MASK_FC_DIM", "16", "--opts", *small]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        monkeypatch.setattr(sys, "argv", command)
+        compare.main()
+        return capsys.readouterr().out.splitlines()
 
     output = run("1")
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -1,23 +1,27 @@
-"""Several processes: the gradients of two are those of one, and both ways to start them run train_net.py."""
+"""Several processes: gradients, detections and results are those of one, and a mistake is named once."""
 
 import io
+import json
 import logging
+import multiprocessing
+import os
+import socket
 import sys
+from contextlib import redirect_stderr
 
 import pytest
+import small_backbone  # noqa: F401  (registers it in the processes that are started)
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
-from test_train_net import SCRIPT, arguments_for, read_metrics, run
+from programs import TORCHRUN, arguments_for, read_metrics, run, run_here
 from torch.nn.parallel import DistributedDataParallel
 
 from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import AccumulatingTrainer, MNCTrainer, leave_process_group
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
 
 # Every anchor and RoI is trained on, so that nothing is drawn at random: a step then has the mean of the gradients
 # of its images, however these are divided. They differ in their numbers of RoIs and of foreground RoIs. The limit is so
@@ -42,13 +46,19 @@ EVERYTHING = {
 
 def gradients_of_a_step(cfg):
     """Run one iteration; return the gradients by parameter name, and what was logged."""
-    seed_all_rng(1)
+    seed_all_rng(3)
     trainer = MNCTrainer(cfg)
     with EventStorage() as storage:
         trainer.run_step()
     model = trainer.model.module if comm.get_world_size() > 1 else trainer.model
     logged = {name: value for name, (value, _) in storage.latest().items()}
     return {name: x.grad for name, x in model.named_parameters()}, logged
+
+
+def start_two(function, *arguments):
+    """Call a function with the rank and the arguments in two processes, which are forked from one without threads."""
+    multiprocessing.set_forkserver_preload(["mnc_d2.engine"])  # imported once
+    mp.start_processes(function, arguments, nprocs=2, start_method="forkserver")
 
 
 def run_process(rank, num_processes, cfgs, dataset, folder):
@@ -116,7 +126,7 @@ def test_several_batches_have_the_gradients_of_one_of_all_their_images(drawn, st
 def test_two_processes_have_the_gradients_of_one_with_all_images(drawn, step_config, tmp_path):
     expected = gradients_of_a_step(step_config(images=4, batches=1))
     cfgs = [step_config(images=4, batches=1), step_config(images=2, batches=2)]
-    mp.start_processes(run_process, (2, cfgs, drawn, tmp_path), nprocs=2, start_method="spawn")
+    start_two(run_process, 2, cfgs, drawn, tmp_path)
     main, other = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
     for steps in zip(main, other):
         assert_same_step(steps[0], expected)
@@ -156,7 +166,7 @@ def run_fragile_process(rank, num_processes, folder):
 
 
 def test_all_processes_leave_out_the_steps_that_one_cannot_make(tmp_path):
-    mp.start_processes(run_fragile_process, (2, tmp_path), nprocs=2, start_method="spawn")
+    start_two(run_fragile_process, 2, tmp_path)
     for rank in range(2):
         result = torch.load(tmp_path / f"{rank}.pth")
         assert result["weight"] == 2 - 0.25 * 1 - 0.25 * 3
@@ -168,14 +178,10 @@ def test_all_processes_leave_out_the_steps_that_one_cannot_make(tmp_path):
 # ---- train_net.py
 
 
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [(TORCHRUN, []), ([sys.executable, SCRIPT], ["--num-gpus", "2", "--dist-url", "auto"])],
-    ids=["torchrun", "--num-gpus"],
-)
-def test_two_processes_train_and_evaluate(coco_dataset, tmp_path, command, options):
+def test_two_processes_train_and_evaluate(coco_dataset, tmp_path):
+    options = ["--num-gpus", 2, "--dist-url", "auto"]
     overrides = ["SOLVER.ACCUMULATE", 2, "DATALOADER.NUM_WORKERS", 1]
-    result = run(arguments_for(coco_dataset, tmp_path, *options, iterations=2, overrides=overrides), command)
+    result = run(arguments_for(coco_dataset, tmp_path, *options, iterations=2, overrides=overrides))
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("checkpoint:") == 1
     assert any("segm/AP" in line for line in read_metrics(tmp_path))
@@ -185,9 +191,37 @@ def test_two_processes_train_and_evaluate(coco_dataset, tmp_path, command, optio
     assert (tmp_path / "model_final.pth").exists()
 
 
+def test_two_processes_of_torchrun_find_what_one_finds(coco_dataset, model_file, tmp_path):
+    overrides = [*("MODEL.WEIGHTS", model_file, "MODEL.ROI_BOX_HEAD.FC_DIM", 32), "TEST.NUM_PICTURES", 0]
+    overrides += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    one, two = (arguments_for(coco_dataset, tmp_path / x, "--eval-only", overrides=overrides) for x in ("one", "two"))
+    run_here(one)
+    result = run(two, TORCHRUN)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count(f"checkpoint: {model_file}") == 1 and "World size: 2" in result.stdout
+    expected, found = (
+        json.loads((tmp_path / x / "inference" / "drawn" / "coco_instances_results.json").read_text())
+        for x in ("one", "two")
+    )
+    assert {x["image_id"] for x in expected} == {1, 2}
+    assert sorted(found, key=lambda x: x["image_id"]) == sorted(expected, key=lambda x: x["image_id"])
+
+
+def run_as_torchrun_does(rank, port, arguments, folder):
+    """One of two processes of train_net.py, in the environment that torchrun gives it."""
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), CUDA_VISIBLE_DEVICES="")
+    sys.argv[0] = "train_net.py"
+    with open(folder / f"{rank}.txt", "w") as file, redirect_stderr(file):
+        with pytest.raises(SystemExit, match="1"):
+            run_here(arguments)
+
+
 def test_wrong_input_under_torchrun_is_one_sentence_of_the_main_process(coco_dataset, tmp_path):
-    overrides = ["SOLVER.IMS_PER_BATCH", 3]
-    result = run(arguments_for(coco_dataset, tmp_path, overrides=overrides), command=TORCHRUN)
-    assert result.returncode != 0
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]  # is free now
+    arguments = arguments_for(coco_dataset, tmp_path, overrides=["SOLVER.IMS_PER_BATCH", 3])
+    start_two(run_as_torchrun_does, port, arguments, tmp_path)
     sentence = "train_net.py: SOLVER.IMS_PER_BATCH is 3, for 2 processes together. Give it a multiple of their number."
-    assert [line for line in result.stderr.splitlines() if line.startswith("train_net.py")] == [sentence]
+    main, other = ((tmp_path / f"{rank}.txt").read_text().splitlines() for rank in range(2))
+    assert [line for line in main + other if line.startswith("train_net.py")] == [sentence] and sentence in main

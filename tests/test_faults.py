@@ -13,8 +13,8 @@ import time
 
 import pytest
 import torch
+from programs import SCRIPT, arguments_for, read_metrics
 from test_resume import TIMES, assert_same
-from test_train_net import SCRIPT, arguments_for, read_metrics
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 

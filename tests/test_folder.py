@@ -1,21 +1,18 @@
 """The folder of a training: refused where it is used or in use."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from mnc_d2.engine import check_folder, lock_folder
 
-HOLD = """
-import sys
-from mnc_d2.engine import lock_folder
-lock = lock_folder(sys.argv[1])
-print("locked", flush=True)
-sys.stdin.read()
-"""
+
+def hold(folder, connection):
+    """Lock a folder, and say so, for as long as the process lives."""
+    with lock_folder(folder):
+        connection.send("locked")
+        connection.recv()
 
 
 @pytest.mark.parametrize("name", ["model_0000001.pth", "model_final.pth", "last_checkpoint", "metrics.json"])
@@ -44,13 +41,17 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
 def test_one_training_at_a_time_and_a_lock_ends_with_its_process(tmp_path):
     half_written = tmp_path / "model_0000004.pth.17.tmp"
     half_written.touch()
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "locked\n"
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    other = context.Process(target=hold, args=(str(tmp_path), there))
+    other.start()
+    try:
+        assert here.recv() == "locked"
         assert not half_written.exists()
         with pytest.raises(ValueError, match=rf"training is running in OUTPUT_DIR .*: process {other.pid} on \S+"):
             check_folder(str(tmp_path), resume=True)
+    finally:
         other.kill()
+        other.join()
     with lock_folder(str(tmp_path)):
         assert (tmp_path / "training.lock").read_text().startswith(f"process {os.getpid()} on ")

@@ -1,14 +1,11 @@
 """Installing and importing: what happens without Detectron2, and how it is installed."""
 
 import csv
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from programs import ROOT, SCRIPT, load_script, parse
 
 
 def test_import_without_detectron2_says_what_to_run():
@@ -20,18 +17,19 @@ def test_import_without_detectron2_says_what_to_run():
     assert message.startswith("ImportError") and "make install" in message and "pip install" in message
 
 
-@pytest.mark.parametrize("command", [["-m", "mnc_d2"], ["train_net.py"]], ids=lambda words: words[-1])
-def test_commands_start_without_warnings(command):
-    command = [sys.executable, *command, "--help"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("usage:") and result.stderr == ""
+def test_train_net_ends_with_one_sentence_and_no_warning():
+    # The other program is started by tests/serve/test_command.py.
+    command = [sys.executable, SCRIPT, "--config-file", "none.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and result.stdout == ""
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith("train_net.py: There is no config file")
 
 
-def load_installer():
-    spec = importlib.util.spec_from_file_location("installer", ROOT / "requirements" / "install_detectron2.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_train_net_has_a_help(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert capsys.readouterr().out.startswith("usage:")
 
 
 def test_unpacked_wheel_keeps_nothing_that_is_tied_to_python_3_10(tmp_path):
@@ -49,7 +47,8 @@ def test_unpacked_wheel_keeps_nothing_that_is_tied_to_python_3_10(tmp_path):
     record = tmp_path / "sal_detectron2-0.7.2.dist-info" / "RECORD"
     record.write_text("".join(f"{name},sha256=0,1\n" for name in files))
 
-    dist_info = load_installer().make_version_independent(tmp_path)
+    installer = load_script(ROOT / "requirements" / "install_detectron2.py")
+    dist_info = installer.make_version_independent(tmp_path)
 
     assert dist_info == record.parent
     assert not (tmp_path / "tools").exists()

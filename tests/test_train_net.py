@@ -1,89 +1,34 @@
 """train_net.py end to end, on two drawn images: it overfits, evaluates, resumes, and refuses bad input."""
 
-import importlib.util
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from programs import CONFIG, OVERRIDES, ROOT, arguments_for, parse, read_metrics, run_here, train_net
+from small_backbone import build_small_fpn_backbone
 
 from mnc_d2.data import VOC_SETS, coco_checks, register_voc_set
 from mnc_d2.data.images import read_image_size
 from mnc_d2.evaluation import summarize
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "train_net.py"
-CONFIG = ROOT / "configs" / "quickstart" / "mnc_R_18_FPN.yaml"
-ITERATIONS = 150
-# The quickstart model, small enough to learn two images by heart in half a minute.
-OVERRIDES = [
-    *("DATASETS.TRAIN", "('drawn',)"),
-    *("DATASETS.TEST", "('drawn',)"),
-    *("DATALOADER.NUM_WORKERS", "0"),
-    *("INPUT.CROP.ENABLED", "False"),
-    *("INPUT.MIN_SIZE_TRAIN", "(0,)"),
-    *("INPUT.MIN_SIZE_TEST", "0"),
-    *("INPUT.RANDOM_FLIP", "none"),
-    *("MODEL.DEVICE", "cpu"),
-    *("MODEL.FPN.OUT_CHANNELS", "32"),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", "64"),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32"),
-    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "200"),
-    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "60"),
-    *("MODEL.RPN.PRE_NMS_TOPK_TEST", "200"),
-    *("MODEL.RPN.POST_NMS_TOPK_TEST", "30"),
-    *("SEED", "1"),
-    *("SOLVER.IMS_PER_BATCH", "2"),
-    *("SOLVER.BASE_LR", "0.002"),
-    *("SOLVER.WARMUP_ITERS", "20"),
-    *("SOLVER.CHECKPOINT_PERIOD", "1000"),
-    *("TEST.NUM_PICTURES", "1"),
-    *("VIS_PERIOD", "100"),
-]
+ITERATIONS = 120
 
 
-def run(arguments, command=(sys.executable, SCRIPT)):
-    """Run train_net.py in a process of its own, on the CPU, by a command that the arguments are appended to.
-
-    Ten minutes are many times what it takes; they are there to end one that hangs.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [str(x) for x in (*command, *arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-
-
-def run_or_fail(arguments):
-    result = run(arguments)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
-
-
-def arguments_for(dataset, output, *arguments, iterations=ITERATIONS, overrides=()):
-    return [
-        *("--config-file", CONFIG),
-        *("--dataset", "drawn", *dataset),
-        *arguments,
-        *OVERRIDES,
-        *("SOLVER.MAX_ITER", iterations, "OUTPUT_DIR", output),
-        *overrides,
-    ]
-
-
-def read_metrics(output):
-    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+def run_small(dataset, output, *arguments, overrides=(), **kwargs):
+    """Run train_net.py with the small backbone; return what it printed."""
+    overrides = ["MODEL.BACKBONE.NAME", build_small_fpn_backbone.__name__, *overrides]
+    return run_here(arguments_for(dataset, output, *arguments, overrides=overrides, **kwargs))
 
 
 @pytest.fixture(scope="module")
 def trained(coco_dataset, tmp_path_factory):
-    """The folder and the output of a whole training: about half a minute."""
+    """The folder and the output of a whole training."""
     output = tmp_path_factory.mktemp("trained")
-    return output, run_or_fail(arguments_for(coco_dataset, output))
+    return output, run_small(coco_dataset, output, iterations=ITERATIONS)
 
 
 def last_ap(output):
@@ -140,29 +85,20 @@ def test_scalars_and_images_are_written_for_tensorboard(trained):
     assert any(path.name.startswith("events.out.tfevents") for path in output.iterdir())
 
 
-@pytest.mark.parametrize("processes", [[], ["--num-gpus", "2", "--dist-url", "auto"]], ids=["one process", "two"])
-def test_eval_only_gives_the_ap_of_the_end_of_training(trained, coco_dataset, tmp_path, processes):
+def test_eval_only_gives_the_ap_of_the_end_of_training(trained, coco_dataset, tmp_path):
     output, _ = trained
     weights = output / "model_final.pth"
-    stdout = run_or_fail(
-        arguments_for(
-            coco_dataset,
-            tmp_path,
-            "--eval-only",
-            *processes,
-            overrides=[
-                *("MODEL.WEIGHTS", weights, "TEST.NUM_PICTURES", 0),
-                *("MODEL.MNC.OUTPUTS", "['instances', 'box_instances']"),
-            ],
-        )
-    )
+    overrides = [
+        *("MODEL.WEIGHTS", weights, "TEST.NUM_PICTURES", 0),
+        *("MODEL.MNC.OUTPUTS", "['instances', 'box_instances']"),
+    ]
+    stdout = run_small(coco_dataset, tmp_path, "--eval-only", overrides=overrides)
     rows = [line.split() for line in stdout[stdout.rindex("dataset") :].splitlines()]
     printed = {cells[1]: float(cells[2]) for cells in rows if cells[:1] == ["drawn"]}
     for task, ap in last_ap(output).items():
         assert printed[task] == pytest.approx(ap, abs=0.051)
     assert printed["box_level_bbox"] > 80  # MNC_box beside
     assert stdout.count(f"checkpoint: {weights}") == 1
-    assert f"World size: {2 if processes else 1}" in stdout
     assert not (tmp_path / PLACES["pictures"]).exists()
 
 
@@ -172,7 +108,7 @@ def test_eval_only_prints_mapr_and_box_ap(trained, coco_dataset, tmp_path):
         *("MODEL.WEIGHTS", output / "model_final.pth", "TEST.NUM_PICTURES", 0, "TEST.EVALUATOR", "sds"),
         *("MODEL.MNC.OUTPUTS", "['instances', 'box_instances']"),
     ]
-    stdout = run_or_fail(arguments_for(coco_dataset, tmp_path, "--eval-only", overrides=overrides))
+    stdout = run_small(coco_dataset, tmp_path, "--eval-only", overrides=overrides)
     header, _, *lines = [line.split() for line in stdout[stdout.rindex("dataset") :].splitlines()]
     assert header == ["dataset", "task", "AP", "AP50", "AP75", "mAPr@50", "mAPr@70", "mAPr_vol"]
     rows = {cells[1]: [float(x) for x in cells[2:]] for cells in lines if cells[:1] == ["drawn"]}
@@ -187,7 +123,7 @@ def test_resume_continues_at_the_iteration_after_the_last(trained, coco_dataset,
     shutil.copytree(trained_output, output)
     # An iteration is a step of the optimizer, of however many batches.
     overrides = ["SOLVER.ACCUMULATE", 2]
-    run_or_fail(arguments_for(coco_dataset, output, "--resume", iterations=ITERATIONS + 2, overrides=overrides))
+    run_small(coco_dataset, output, "--resume", iterations=ITERATIONS + 2, overrides=overrides)
     assert f"Starting training from iteration {ITERATIONS}" in (output / "log.txt").read_text()
     before, after = ((x / "metrics.json").read_text() for x in (trained_output, output))
     assert after.startswith(before)
@@ -201,23 +137,10 @@ def test_resume_continues_at_the_iteration_after_the_last(trained, coco_dataset,
 # ---- bad input: one sentence, before anything is trained
 
 
-@pytest.fixture(scope="module")
-def train_net():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("train_net", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def configure(train_net, clean_catalogs):
+def configure(clean_catalogs):
     """A function that returns the config of a command line."""
-
-    def build(*arguments):
-        return train_net.build_config(train_net.argument_parser().parse_args([str(x) for x in arguments]))
-
-    return build
+    return lambda *arguments: train_net.build_config(parse(arguments))
 
 
 DRAWN = ["DATASETS.TRAIN", "('drawn',)", "DATASETS.TEST", "('drawn',)"]
@@ -247,12 +170,12 @@ def test_several_datasets_are_registered(configure, coco_dataset):
 
 
 def test_only_the_process_that_looks_for_mistakes_reads_image_headers(
-    train_net, coco_dataset, clean_catalogs, monkeypatch, tmp_path
+    coco_dataset, clean_catalogs, monkeypatch, tmp_path
 ):
     read = []
     monkeypatch.setattr(coco_checks, "read_image_size", lambda path: read.append(path) or read_image_size(path))
     arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN, "OUTPUT_DIR", tmp_path]
-    args = train_net.argument_parser().parse_args([str(x) for x in arguments])
+    args = parse(arguments)
     train_net.build_config(args, check_files=False)  # as a process that was started after the check
     assert read == []
     DatasetCatalog.remove("drawn")
@@ -377,28 +300,18 @@ def test_dataset_that_is_not_registered_is_named(configure):
 VOC_CONFIG = ROOT / "configs" / "PascalVOC-Detection" / "mnc_VGG_16_5stage_0712.yaml"
 
 
-def test_dataset_that_is_not_prepared_is_named_if_it_is_used(train_net, clean_catalogs, tmp_path):
+def test_dataset_that_is_not_prepared_is_named_if_it_is_used(clean_catalogs, tmp_path):
     register_voc_set("absent", VOC_SETS["voc_2012_sds_train"], str(tmp_path))
     (tmp_path / "VOC2012" / "mnc_annotations").mkdir(parents=True)
     register_voc_set("present", VOC_SETS["voc_2012_sds_val"], str(tmp_path))
     (tmp_path / "VOC2012" / "mnc_annotations" / "present.json").touch()
-    arguments = ["--config-file", str(VOC_CONFIG), "MODEL.WEIGHTS", __file__, "MODEL.DEVICE", "cpu"]
+    arguments = ["--config-file", VOC_CONFIG, "MODEL.WEIGHTS", __file__, "MODEL.DEVICE", "cpu"]
     arguments += ["DATASETS.TRAIN", "('absent',)", "DATASETS.TEST", "('present',)"]
-    parse = train_net.argument_parser().parse_args
     mistake = train_net.find_mistake(parse(arguments))
     assert str(tmp_path / "VOC2012" / "mnc_annotations" / "absent.json") in mistake
     assert "python datasets/prepare_sbd.py" in mistake
     # An evaluation needs no training data.
     assert train_net.find_mistake(parse(["--eval-only", *arguments])) is None
-
-
-def test_bad_input_ends_the_program_with_one_sentence(tmp_path):
-    result = run(["--config-file", CONFIG, "--dataset", "drawn", tmp_path / "none.json", tmp_path, *DRAWN])
-    assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("train_net.py")]
-    assert sentence == f"train_net.py: The annotation file {tmp_path / 'none.json'} does not exist. Check the path."
-    assert result.stderr.rstrip().endswith(sentence)
 
 
 # ---- the summary

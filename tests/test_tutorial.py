@@ -1,13 +1,12 @@
 """docs/tutorial.ipynb: it runs, and is committed with outputs that are those of a run and name no machine."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
+from programs import ROOT, load_script
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +24,7 @@ def text_of(cell):
 
 def test_it_runs_and_shows_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the kernel: threads cost more than they save on a busy machine
-    spec = importlib.util.spec_from_file_location("execute_tutorial", DOCS / "execute_tutorial.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cells = code_cells(module.execute(tmp_path))
+    cells = code_cells(load_script(DOCS / "execute_tutorial.py").execute(tmp_path))
     text = "\n".join(map(text_of, cells))
     # It has learned something, and the second pass has better boxes and masks than the first.
     (segm_ap,) = re.findall(r"segm +([\d.]+)", text)

@@ -3,7 +3,6 @@
 import logging
 import pickle
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from iopath.common.file_io import HTTPURLHandler
+from robustness.common import Code
 from torch import nn
 from torchvision.models import vgg, vgg13, vgg16, vgg16_bn
 
@@ -286,16 +286,6 @@ def test_an_entry_of_no_head_keeps_its_name():
 
 
 # ---- files
-
-
-class Code:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.pt", "model"])

@@ -1,13 +1,14 @@
 """The command mnc: its help, training and evaluation end to end, what it says of models and data."""
 
+import io
 import json
 import re
 import shutil
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 from PIL import Image
+from programs import restored_catalogs, restored_loggers
 
 from mnc_d2.checkpoint import read_description
 from mnc_d2.cli import COMMANDS, main
@@ -28,28 +29,20 @@ SMALL = {
 SETTINGS = [x for key, value in SMALL.items() for x in ("--set", key, str(value))]
 
 
-def run(*arguments):
-    """Run the command in a process of its own, as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "mnc_d2", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def trained(coco_dataset, tmp_path_factory):
-    """The folder of a training, and what it wrote to the terminal."""
+    """The folder of a training, and what it wrote to the standard output and the standard error."""
     folder = tmp_path_factory.mktemp("trained")
-    annotations, _ = coco_dataset
-    result = run(
-        *("train", "quickstart/mnc_R_18_FPN.yaml", "--data", annotations, "--val", annotations),
-        *("--output", folder, *SETTINGS),
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return folder, result
+    annotations = str(coco_dataset[0])
+    arguments = ["train", "quickstart/mnc_R_18_FPN.yaml", "--data", annotations, "--val", annotations]
+    with restored_catalogs(), restored_loggers():
+        with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+            main([*arguments, "--output", str(folder), *SETTINGS])
+    return folder, output.getvalue(), errors.getvalue()
 
 
 def test_a_training_writes_models_that_know_the_data(trained):
-    folder, _ = trained
+    folder, *_ = trained
     for name in ("model_final.pth", "model_best.pth"):
         description = read_description(str(folder / name))
         assert description.class_names == ["disc", "square"]
@@ -57,17 +50,17 @@ def test_a_training_writes_models_that_know_the_data(trained):
 
 
 def test_the_terminal_has_results_and_the_file_the_log(trained):
-    folder, result = trained
-    assert len(result.stdout.splitlines()) < 10
-    assert "segm" in result.stdout and str(folder / "model_final.pth") in result.stdout
+    folder, output, errors = trained
+    assert len(output.splitlines()) < 10
+    assert "segm" in output and str(folder / "model_final.pth") in output
     log = (folder / "log.txt").read_text()
     assert "Running with full config" in log and "total_loss" in log
-    assert "total_loss" not in result.stdout + result.stderr
+    assert "total_loss" not in output + errors
 
 
 @pytest.mark.usefixtures("clean_catalogs")
 def test_evaluation_needs_the_model_and_the_data_only(trained, coco_dataset, capsys):
-    folder, _ = trained
+    folder, *_ = trained
     main(["eval", str(folder / "model_final.pth"), "--data", str(coco_dataset[0]), "--device", "cpu"])
     (task,) = [line.split() for line in capsys.readouterr().out.splitlines() if " segm " in line]
     expected = read_description(str(folder / "model_final.pth")).metrics["segm/AP"]

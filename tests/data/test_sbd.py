@@ -1,10 +1,7 @@
 """SBD: from a folder in its form to training instances, and what each bad file is told."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,6 @@ from mnc_d2.data.prepare import common, sbd
 from mnc_d2.data.prepare.sbd import main, prepare_sbd, read_sbd_classes, read_sbd_instances
 
 NAMES = ("voc_2012_sds_train", "voc_2012_sds_val")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -346,12 +342,3 @@ def test_mistakes_end_the_command_with_a_sentence(root, capsys):
     assert "names 2 images, the official list 8498" in capsys.readouterr().err
     assert main(["--root", str(root), "voc_2012_sds_test"]) == 1
     assert "voc_2012_sds_test is not among voc_2012_sds_train, voc_2012_sds_val" in capsys.readouterr().err
-
-
-def test_script(root):
-    script = [sys.executable, str(ROOT / "datasets" / "prepare_sbd.py"), "--root", str(root), "--partial"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    assert "voc_2012_sds_val.json: 2 images, 3 annotations" in done.stdout
-    assert json.loads(json_file(root, NAMES[1]).read_text())["images"]

@@ -11,12 +11,13 @@ from typing import Any
 
 import h5py
 import numpy as np
+from programs import CONFIG
 
 from mnc_d2.checkpoint.convert_caffe import main as convert_caffe
 from mnc_d2.data import save_mask_proposals
 from mnc_d2.data.mask_proposals import load_mask_proposals
 
-from .common import CONFIG, Case, Code, coco_dataset, flip_bit, run_train_net
+from .common import Case, Code, coco_dataset, flip_bit, run_train_net
 
 FAMILY = "arrays"
 BOXES = np.array([[1, 2, 9, 8], [0, 0, 31, 23]], dtype=np.float32)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from programs import parse, restored_catalogs, train_net
 
-from mnc_d2.engine import argument_parser, run_processes
+from mnc_d2.engine import run_processes
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs" / "quickstart" / "mnc_R_18_FPN.yaml"
 MARK = "code-was-run"  # the file that code in an input makes, in the folder of the case
 
 
@@ -41,20 +37,13 @@ class Case:
 
 
 class Code:
-    """Unpickled, it makes the file :data:`MARK`."""
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path = Path(MARK)) -> None:
+        self.path = path
 
     def __reduce__(self):
-        return Path.touch, (Path(MARK),)
-
-
-def _load_train_net():
-    spec = importlib.util.spec_from_file_location("train_net", ROOT / "train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TRAIN_NET = _load_train_net()
+        return Path.touch, (self.path,)
 
 
 def flip_bit(content: bytes, position: int) -> bytes:
@@ -89,19 +78,8 @@ def run_train_net(*arguments: Any) -> str | None:
         SystemExit: as of train_net.py, after what is wrong was printed.
     """
     defaults = ["DATASETS.TRAIN", "('bad',)", "DATASETS.TEST", "('bad',)", "MODEL.DEVICE", "cpu"]
-    arguments = [str(x) for x in arguments]
+    arguments = list(arguments)
     at = next((i for i, x in enumerate(arguments) if x == "--dataset"), -4) + 4
     arguments[at:at] = defaults
-    with _clean_catalogs():
-        run_processes(lambda _: None, argument_parser().parse_args(arguments), TRAIN_NET.find_mistake)
-
-
-@contextlib.contextmanager
-def _clean_catalogs() -> Iterator[None]:
-    before = set(DatasetCatalog), set(MetadataCatalog)
-    try:
-        yield
-    finally:
-        for catalog, names in zip((DatasetCatalog, MetadataCatalog), before):
-            for name in set(catalog) - names:
-                catalog.remove(name)
+    with restored_catalogs():
+        run_processes(lambda _: None, parse(arguments), train_net.find_mistake)

@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .common import CONFIG, MARK, Case, coco_dataset, flip_bit, run_train_net
+from programs import CONFIG
+
+from .common import MARK, Case, coco_dataset, flip_bit, run_train_net
 
 FAMILY = "configs"
 
