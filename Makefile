@@ -23,10 +23,10 @@ clients: install
 quickstart: install
 	$(BIN)/python train_net.py --config-file $(CONFIG) --resume OUTPUT_DIR output/quickstart
 
-# A process for each core, of one thread: the tests of a file in one process.
+# A process for each core, of one thread: the tests of a file in one process, the files in the order of tests/conftest.py.
 test: export OMP_NUM_THREADS := 1
 test: install
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Trainings that are killed at random moments.
 test-faults: install
