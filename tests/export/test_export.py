@@ -40,7 +40,7 @@ def make_image(size):
 @pytest.fixture(scope="module")
 def checkpoint(small_config, tmp_path_factory):
     """An untrained model of two classes that is less sure of some boxes than of others."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     cfg = small_config(
         **{
             "INPUT.MIN_SIZE_TEST": 0,

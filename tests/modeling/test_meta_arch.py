@@ -41,6 +41,8 @@ def test_every_config_builds_trains_and_detects(path, device):
     cfg.merge_from_list(["MODEL.ROI_BOX_HEAD.FC_DIM", 32, "MODEL.MNC.MASK_FC_DIM", 16])
     cfg.merge_from_list(["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16])
     cfg.merge_from_list(["MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 20])
+    # All anchors are trained on: by chance, a level of the pyramid might have none of a few.
+    cfg.merge_from_list(["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 100_000])
     if len(cfg.MODEL.ANCHOR_GENERATOR.SIZES) == 1:
         # Some must lie in the small images, where configs train no others.
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16, 32, 64]]
