@@ -136,3 +136,15 @@ def test_it_trains_each_variant_and_goes_on_where_it_was_stopped(compare, coco_d
     # The table is the same, and nothing is trained again.
     assert run("1") == output[len(records) :]
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    # Results of before a config was changed are not taken for those of the config.
+    monkeypatch.setattr(compare, "digest", lambda config: "another")
+    with pytest.raises(ValueError, match=r"results.jsonl has runs of mask_rcnn with other settings"):
+        run("1")
+
+
+def test_a_digest_changes_with_what_a_config_sets(compare, tmp_path):
+    first, second, third = (tmp_path / f"{i}.yaml" for i in range(3))
+    first.write_text("SOLVER:\n  BASE_LR: 0.5\n")
+    second.write_text("# Said in another way.\nSOLVER: {BASE_LR: 0.5}\nSEED: -1\n")  # the default
+    third.write_text("SOLVER:\n  BASE_LR: 0.6\n")
+    assert compare.digest(str(first)) == compare.digest(str(second)) != compare.digest(str(third))

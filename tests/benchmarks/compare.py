@@ -18,6 +18,7 @@ too narrow), the p-value of no difference corrected for the number of variants (
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -30,14 +31,17 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from detectron2.config import CfgNode
 from scipy import stats
 from tabulate import tabulate
+
+from mnc_d2.model_zoo import load_config
 
 ROOT = Path(__file__).parents[2]
 # What the causal gradients of the released code are, as in configs/Base-paper.yaml.
@@ -174,10 +178,26 @@ def plan_runs(options: argparse.Namespace) -> list[Run]:
     ]
 
 
+def digest(config: str) -> str:
+    """Return a digest of what a config sets to other than the default: what a new key's default leaves as it is."""
+    defaults = dict(_flatten(load_config("")))
+    values = {key: value for key, value in _flatten(load_config(config)) if value != defaults[key]}
+    return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:12]
+
+
+def _flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def settings_of(run: Run, options: argparse.Namespace) -> dict:
     """What must agree for results of before to count as those of a run."""
     return {
         "config": run.variant.config,
+        "config_digest": digest(run.variant.config),
         "overrides": [*run.variant.overrides, *options.opts],
         "iterations": options.iterations,
         "datasets": [x[0] for x in options.dataset],
