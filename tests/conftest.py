@@ -57,6 +57,14 @@ CLASSES = ("disc", "square")
 COLOURS = ((230, 60, 40), (50, 90, 220))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """A cache of files for the tests, also of the processes they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FVCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def clean_catalogs():
     """Forget the datasets that a test registers."""

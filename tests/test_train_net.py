@@ -172,6 +172,7 @@ def test_several_datasets_are_registered(configure, coco_dataset):
 def test_only_the_process_that_looks_for_mistakes_reads_image_headers(
     coco_dataset, clean_catalogs, monkeypatch, tmp_path
 ):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))  # one in which nothing is known of them
     read = []
     monkeypatch.setattr(coco_checks, "read_image_size", lambda path: read.append(path) or read_image_size(path))
     arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN, "OUTPUT_DIR", tmp_path]

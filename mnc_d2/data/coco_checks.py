@@ -11,6 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from ..messages import first_few
+from . import images as image_files
+from . import masks
+from .checked import CheckedDataset
 from .images import ImageError, read_image_size
 from .masks import MAX_REACH, NO_PIXEL, find_mask_problem, finite_numbers, is_integer, reaches_far_out
 
@@ -19,12 +22,14 @@ __all__ = ["check_coco_dataset", "check_images", "find_problem", "is_text", "rea
 _NO_AREA = "whose bbox has no width or no height"
 # What COCO's own files have a few of: nothing to train on, and nothing wrong with the rest.
 _EMPTY = (NO_PIXEL, _NO_AREA)
+# Whose text says what is checked.
+_MODULES = (__file__, image_files.__file__, masks.__file__)
 
 
 def check_coco_dataset(
     json_file: str, image_root: str, files: bool = True
 ) -> tuple[dict[str, list[dict[str, Any]]], list[int]]:
-    """Read a file in COCO's instance format and check all of it.
+    """Read a file in COCO's instance format and check all of it, if it or an image has changed since the last time.
 
     Args:
         json_file: path of the annotations.
@@ -41,9 +46,16 @@ def check_coco_dataset(
             the ids of the offending records.
     """
     dataset = read_coco_file(json_file)
-    categories = _check_categories(json_file, dataset["categories"])
-    images = check_images(json_file, image_root, dataset["images"], files)
-    return dataset, _check_annotations(json_file, dataset["annotations"], images, categories)
+    names = [image["file_name"] for image in dataset["images"] if is_text(image.get("file_name"))]
+    checked = CheckedDataset(json_file, image_root, names, _MODULES)
+    empty = checked.recall()
+    if empty is None:
+        categories = _check_categories(json_file, dataset["categories"])
+        images = check_images(json_file, image_root, dataset["images"], files)
+        empty = _check_annotations(json_file, dataset["annotations"], images, categories)
+        if files:
+            checked.remember(empty)
+    return dataset, empty
 
 
 def read_coco_file(json_file: str) -> dict[str, list[dict[str, Any]]]:
