@@ -233,6 +233,14 @@ def test_a_resume_keeps_count_of_the_steps_that_were_left_out(make_trainer):
     assert checkpoint["trainer"]["_trainer"]["num_skipped"] == lines[-1]["skipped_steps"] == 1
 
 
+def test_a_long_training_keeps_the_scalars_of_its_last_iterations_alone(make_trainer):
+    trainer = make_trainer("output", **{"SOLVER.MAX_ITER": 1, "DATASETS.TEST": (), "TEST.EVAL_PERIOD": 0})
+    train(trainer)
+    for i in range(1001):
+        trainer.storage.put_scalar("new", i)
+    assert len(trainer.storage.history("new").values()) == 1000
+
+
 def test_weights_that_are_not_finite_end_the_training_where_they_would_be_saved(make_trainer, tmp_path):
     trainer = make_trainer("output", **{"SOLVER.CHECKPOINT_PERIOD": 1, "SOLVER.MAX_ITER": 3, "DATASETS.TEST": ()})
     weight = trainer.model.proposal_generator.rpn_head.conv.weight

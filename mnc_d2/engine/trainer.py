@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -20,6 +21,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
+from fvcore.common.history_buffer import HistoryBuffer
 
 from ..checkpoint import DescribeModel, MNCCheckpointer
 from ..data import MNCDatasetMapper
@@ -130,6 +132,8 @@ class MNCTrainer(DefaultTrainer):
         return getattr(self, "_last_eval_results", {})
 
     def before_train(self) -> None:
+        # Detectron2 keeps a million values of each scalar and looks at the last thousand at most.
+        self.storage.histories().default_factory = partial(HistoryBuffer, max_length=1000)
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
         super().before_train()
