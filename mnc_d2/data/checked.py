@@ -52,7 +52,7 @@ class CheckedDataset:
         """Return what was found in the same files, or None if they are new or others."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(self._path.read_text())
-            if content["state"] == self._state:
+            if self._state is not None and content["state"] == self._state:
                 return content["empty"]
         return None
 
