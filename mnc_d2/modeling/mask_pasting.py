@@ -10,6 +10,8 @@ import torch
 
 # Pixels of one mask rendered at once, and weights of texels computed at once: 16 and 64 MiB of float32.
 _MAX_RENDERED_PIXELS = 2**22
+# Pixels of images rendered at once on a GPU, 128 MiB.
+_MAX_IMAGE_PIXELS = 2**25
 _MAX_WEIGHTS = 2**24
 
 
@@ -61,6 +63,8 @@ def paste_masks(
     Returns:
         (D, height, width), bool.
     """
+    if masks.device.type != "cpu":
+        return _paste_in_whole_images(masks, boxes, image_size, threshold)
     pasted = torch.zeros(len(masks), *image_size, dtype=torch.bool, device=masks.device)
     for of_image, (x1, y1, pixels) in zip(pasted, _paste(masks, boxes, image_size, threshold)):
         of_image[y1 : y1 + pixels.shape[0], x1 : x1 + pixels.shape[1]] = pixels
@@ -95,6 +99,22 @@ def _paste(
                 strips = of_rows[y1:y2].split(max(1, _MAX_RENDERED_PIXELS // max(1, x2 - x1)))
                 pixels = [strip @ stretched >= threshold for strip in strips]
                 yield x1, y1, pixels[0] if len(pixels) == 1 else torch.cat(pixels)
+
+
+def _paste_in_whole_images(
+    masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float
+) -> torch.Tensor:
+    """As :func:`paste_masks`, by few and large operators, which on a GPU are done before many small ones begin."""
+    height, width = image_size
+    with torch.autocast(masks.device.type, enabled=False):
+        masks, boxes, size = masks.float(), boxes.float(), masks.shape[-1]
+        pasted = torch.empty(len(masks), *image_size, dtype=torch.bool, device=masks.device)
+        at_once = max(1, _MAX_IMAGE_PIXELS // (height * width))
+        for part in (slice(first, first + at_once) for first in range(0, len(masks), at_once)):
+            rows = _texel_weights(boxes[part, 1], boxes[part, 3], height, size)
+            columns = _texel_weights(boxes[part, 0], boxes[part, 2], width, size)
+            pasted[part] = rows @ masks[part] @ columns.transpose(1, 2) >= threshold
+    return pasted
 
 
 def _texel_weights(start: torch.Tensor, end: torch.Tensor, pixels: int, size: int) -> torch.Tensor:

@@ -89,12 +89,13 @@ class CausalRPN(RPN):
         count = len(image_sizes)
         image = torch.arange(count, device=best[0].device)[:, None]
         logits = [x[image, i] for x, i in zip(pred_objectness_logits, best)]
-        deltas = [x[image, i] for x, i in zip(pred_anchor_deltas, best)]
-        anchors = [x.tensor[i] for x, i in zip(anchors, best)]
-        decoded = [self._decode(x, y if attached else y.detach(), image_sizes) for x, y in zip(anchors, deltas)]
+        deltas = torch.cat([x[image, i] for x, i in zip(pred_anchor_deltas, best)], dim=1)
+        # Decoded for all levels at once: on a GPU each operator takes its time to start.
+        anchors = torch.cat([x.tensor[i] for x, i in zip(anchors, best)], dim=1)
+        decoded = self._decode(anchors, deltas if attached else deltas.detach(), image_sizes)
         # Unlike Detectron2's RPN, not under no_grad: it gathers and clips the boxes differentiably.
         selected = find_top_rpn_proposals(
-            decoded,
+            decoded.split([x.shape[1] for x in best], dim=1),
             [x.detach() for x in logits],
             image_sizes,
             self.nms_thresh,
@@ -104,11 +105,11 @@ class CausalRPN(RPN):
             True,
         )
         if self.roi_anchor_loss:
-            attach_anchors(selected, *(torch.cat(levels, dim=1) for levels in (anchors, decoded, logits, deltas)))
+            attach_anchors(selected, anchors, decoded, torch.cat(logits, dim=1), deltas)
         return selected
 
     def _decode(self, anchors: torch.Tensor, deltas: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
-        """The boxes of anchors (N, K, 4) of one level, before they are clipped to the images: (N, K, 4)."""
+        """The boxes of anchors (N, K, 4), before they are clipped to the images: (N, K, 4)."""
         deltas = self.gradients.of_deltas(deltas, len(image_sizes))
         boxes = self.box2box_transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
         per_image = zip(boxes, image_sizes, anchors)

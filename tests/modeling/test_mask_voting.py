@@ -110,12 +110,20 @@ def check_against_slow(candidates, **changes):
     return expected
 
 
+@pytest.fixture(params=["groups one by one", "groups at once"])
+def either_way(request, monkeypatch):
+    """Both ways to merge masks: that of a CPU, and that of a GPU, on whatever the tests run on."""
+    monkeypatch.setattr(mask_merging, "_waits_for_launches", lambda device: request.param == "groups at once")
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_the_slow_reference(seed):
     expected = check_against_slow(make_candidates(seed=seed))
     assert len(expected) > 8 and max(voters for *_, voters in expected) > 3
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(
     "setting",
     [
@@ -183,7 +191,8 @@ def test_max_detections_keeps_the_best_of_all_classes():
 
 def test_strips_do_not_change_the_result(monkeypatch):
     whole = vote_masks(*make_candidates(), SIZE)
-    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", 3 * 24 * SIZE[1])  # three rows of 24 voters
+    limit = 3 * 24 * SIZE[1]  # three rows of 24 voters
+    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", {"cpu": limit, "cuda": limit})
     strips = vote_masks(*make_candidates(), SIZE)
     assert torch.equal(strips.pred_boxes.tensor, whole.pred_boxes.tensor)
     torch.testing.assert_close(strips.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
@@ -191,10 +200,11 @@ def test_strips_do_not_change_the_result(monkeypatch):
 
 def test_a_limit_below_one_row_still_renders(monkeypatch):
     whole = vote_masks(*make_candidates(), SIZE)
-    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", 1)
+    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", {"cpu": 1, "cuda": 1})
     torch.testing.assert_close(vote_masks(*make_candidates(), SIZE).pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("limit", [1, 2000])
 def test_maps_held_one_after_another_do_not_change_the_result(monkeypatch, limit):
     whole = vote_masks(*make_candidates(), SIZE)
@@ -202,6 +212,24 @@ def test_maps_held_one_after_another_do_not_change_the_result(monkeypatch, limit
     parts = vote_masks(*make_candidates(), SIZE)
     assert len(parts) > 4 and torch.equal(parts.pred_boxes.tensor, whole.pred_boxes.tensor)
     torch.testing.assert_close(parts.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [1, 5000, 20000])
+def test_groups_at_once_are_divided_by_the_pixels_that_they_render(monkeypatch, limit):
+    """Groups of 24 voters in 22 x 30 pixels: one by one in strips, and some at once."""
+    whole = vote_masks(*make_candidates(), SIZE)
+    monkeypatch.setattr(mask_merging, "_waits_for_launches", lambda device: True)
+    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", {"cuda": limit})
+    parts = vote_masks(*make_candidates(), SIZE)
+    assert torch.equal(parts.pred_boxes.tensor, whole.pred_boxes.tensor)
+    torch.testing.assert_close(parts.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_at_a_threshold_of_0_all_pixels_belong_to_a_detection():
+    boxes, scores, masks = make_candidates(3)
+    result = vote_masks(boxes.clamp(6, 15), scores, masks, SIZE, mask_threshold=0.0)
+    assert result.pred_boxes.tensor.tolist() == [[0, 0, SIZE[1], SIZE[0]]] * len(result)
 
 
 def test_order_of_candidates_does_not_matter():
@@ -288,6 +316,7 @@ def test_class_boxes_of_no_candidates():
     assert result.pred_boxes.tensor.shape == result.mask_boxes.tensor.shape == (0, 4)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_box_stays_where_no_pixel_reaches_the_threshold():
     box = [4.25, 6.5, 14.0, 16.75]
     result = vote_masks(*single(box, np.full((M, M), 0.3)), SIZE)
@@ -295,6 +324,7 @@ def test_box_stays_where_no_pixel_reaches_the_threshold():
     torch.testing.assert_close(result.pred_masks.max(), torch.tensor(0.3))
 
 
+@pytest.mark.usefixtures("either_way")
 def test_box_without_area_is_a_detection_with_an_empty_mask():
     result = vote_masks(*single([4.0, 6.0, 4.0, 16.0], np.ones((M, M))), SIZE)
     assert len(result) == 1
@@ -307,6 +337,7 @@ def test_a_pixel_belongs_to_a_box_if_its_centre_is_inside():
     assert result.pred_boxes.tensor.tolist() == [[4.0, 7.0, 9.0, 12.0]]
 
 
+@pytest.mark.usefixtures("either_way")
 def test_part_of_a_box_outside_the_image_is_cut_off_together_with_its_part_of_the_mask():
     mask = np.zeros((M, M))
     mask[:, 2:] = 1  # the left two texels, of 4 pixels each, and half the third lie outside

@@ -8,12 +8,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# Pixels rendered at once, over all voters: few enough for a cache.
-_MAX_RENDERED_PIXELS = 2**20
+from ...layers import tensor_on
+
+# Pixels rendered at once, over all voters: few enough for the cache of a CPU; on a GPU 128 MiB, as there each operator
+# takes its time to start, however little it has to do.
+_MAX_RENDERED_PIXELS = {"cpu": 2**20, "cuda": 2**25}
 # Pixels of averaged maps that are held at once, 64 MiB; but one detection may have more.
 _MAX_MAP_PIXELS = 2**24
 # What is left out for being under the threshold must be so in whatever order, and with TF32, it would be summed.
 _ROUNDING = 1e-3
+
+
+def _waits_for_launches(device: torch.device) -> bool:
+    """Whether many small operators take their number rather than their work: on all but a CPU."""
+    return device.type != "cpu"
 
 
 class MaskMerger:
@@ -33,6 +41,9 @@ class MaskMerger:
         count, self.mask_size, _ = masks.shape
         self.image_size = image_size
         self.boxes = boxes
+        # Whether to render the voters of several groups at once, though regions of one size are more pixels.
+        self.groups_at_once = _waits_for_launches(boxes.device)
+        self.max_rendered_pixels = _MAX_RENDERED_PIXELS["cuda" if self.groups_at_once else "cpu"]
         # Stretched rows, each element a sum of two columns of texels: of the columns of all masks.
         self.columns = masks.transpose(1, 2).reshape(count * self.mask_size, self.mask_size)
 
@@ -47,8 +58,7 @@ class MaskMerger:
         """Add up masks with weights (D, K), those of votes (D, K), and crop the sums.
 
         The detections of a group lie near one another: their voters are rendered once, where any detection of the group
-        can reach the threshold, and added up by one matrix product. What the loop over groups has to know on the host
-        is read before it starts.
+        can reach the threshold. What the loop over groups has to know on the host is read before it starts.
 
         Args:
             weights: (D, K), the weight of each mask in each sum; those of a sum add up to 1.
@@ -66,10 +76,17 @@ class MaskMerger:
             return weights.new_zeros(0, 4), weights.new_zeros(0, self.mask_size, self.mask_size)
         membership = F.one_hot(group_of).T  # (groups, D)
         group_votes = (membership.to(weights) @ votes.to(weights)) > 0  # (groups, K)
-        if boxes is None:
+        if boxes is None and threshold <= 0:
+            height, width = self.image_size
+            regions = tensor_on(votes.device, [[0, 0, width, height]] * len(membership), torch.int64)
+        elif boxes is None:
             regions = self._find_regions(weights, membership.bool(), threshold)
         else:
             regions = self._add_margin(boxes[:, :2].floor().long(), boxes[:, 2:].ceil().long())
+        # Groups of like size one after another: those that are rendered at once are as large as the largest of them.
+        by_area = (regions[:, 2:] - regions[:, :2]).prod(dim=1).argsort()
+        regions, membership, group_votes = regions[by_area], membership[by_area], group_votes[by_area]
+        group_of, boxes = by_area.argsort()[group_of], None if boxes is None else boxes[by_area]
         sizes = torch.stack((membership.sum(dim=1), group_votes.sum(dim=1)), dim=1)
         counts = torch.cat((sizes, regions), dim=1).tolist()
         group, voter = group_votes.nonzero(as_tuple=True)  # (P,), the voters of a group one after another
@@ -78,9 +95,11 @@ class MaskMerger:
         order = group_of.argsort(stable=True)  # the members of a group one after another, too
         weights, regions = weights[order], regions[group_of[order]]
         tight, masks = [], []
-        for chunk in _divide([(members, number, region) for members, number, *region in counts]):
+        groups = [(members, number, region) for members, number, *region in counts]
+        for chunk in _divide(groups, self.max_rendered_pixels if self.groups_at_once else 0):
             members = slice(chunk[0].members.start, chunk[-1].members.stop)
-            merged = self._merge_chunk(chunk, weights[members], regions[members], voters)
+            merge = self._merge_at_once if self.groups_at_once and len(chunk) > 1 else self._merge_one_by_one
+            merged = merge(chunk, weights[members], regions[members], voters)
             tight.append(merged.tight_boxes(threshold) if boxes is None else boxes[group_of[order[members]]])
             masks.append(_sample(merged, tight[-1], self.mask_size))
         back = order.argsort()
@@ -91,33 +110,68 @@ class MaskMerger:
     ) -> _Voters:
         """Find the texels of P masks, ``voter``, in the regions (groups, 4) of the groups that they vote in."""
         size, boxes = self.mask_size, self.boxes[voter]
-        # The columns of all masks lie one mask after another; the rows of those rendered at once, as these do.
-        numbers = regions.new_tensor([number for _, number, *_ in counts])
-        first_voter = (numbers.cumsum(0) - numbers)[group]
-        rank = torch.arange(len(voter), device=voter.device) - first_voter
+        # The columns of all masks lie one mask after another; the rows of those that are rendered, as these do.
+        rank = torch.arange(len(voter), device=voter.device)
         width, height = (max(row[side + 2] - row[side] for row in counts) for side in (2, 3))
         return _Voters(
             voter,
             _find_texels(boxes[:, 0], boxes[:, 2], regions[group, 0], width, size, voter * size),
             _find_texels(boxes[:, 1], boxes[:, 3], regions[group, 1], height, size, rank * size),
+            size,
         )
 
-    def _merge_chunk(
+    def _merge_one_by_one(
         self, chunk: list[_Part], weights: torch.Tensor, regions: torch.Tensor, voters: _Voters
     ) -> _MergedMasks:
         """Add up masks with the weights (d, K) of the detections of a chunk, whose regions (d, 4) are int64."""
-        height, width = self.image_size
+        width, height = (max(sizes) for sizes in zip(*(part.size for part in chunk)))
         values = weights.new_empty(sum(part.pixels for part in chunk))
         in_row, in_column = weights.new_zeros(len(weights), height), weights.new_zeros(len(weights), width)
         for part, part_values in zip(chunk, values.split([part.pixels for part in chunk])):
-            x1, y1, x2, y2 = part.region
+            width, height = part.size
             members = slice(part.members.start - chunk[0].members.start, part.members.stop - chunk[0].members.start)
-            merged = part_values.view(len(part.members), y2 - y1, x2 - x1)
+            merged = part_values.view(len(part.members), height, width)
             self._add_up(weights[members], voters, part.voters, out=merged)
-            in_row[members, y1:y2] = merged.amax(dim=2)
-            in_column[members, x1:x2] = merged.amax(dim=1)
-        sizes = (regions[:, 2:] - regions[:, :2]).prod(dim=1)
-        return _MergedMasks(values, sizes.cumsum(0) - sizes, regions, in_row, in_column)
+            in_row[members, :height] = merged.amax(dim=2)
+            in_column[members, :width] = merged.amax(dim=1)
+        widths, heights = (regions[:, 2:] - regions[:, :2]).unbind(dim=1)
+        areas = widths * heights
+        return _MergedMasks(values, areas.cumsum(0) - areas, widths, regions, in_row, in_column)
+
+    def _merge_at_once(
+        self, chunk: list[_Part], weights: torch.Tensor, regions: torch.Tensor, voters: _Voters
+    ) -> _MergedMasks:
+        """As :meth:`_merge_one_by_one`, with maps as large as the largest region, and 0 beyond their own."""
+        device, size = weights.device, self.mask_size
+        width, height = (max(sizes) for sizes in zip(*(part.size for part in chunk)))
+        chosen = slice(chunk[0].voters.start, chunk[-1].voters.stop)
+        index, x, y = voters.chosen(chosen)
+        stretched = _bag(self.columns, x.pixels(slice(width))).view(len(index), width, size)
+        table = stretched.transpose(1, 2).reshape(len(index) * size, width)
+        rendered = _bag(table, y.pixels(slice(height)))  # (n * height, width)
+
+        # A detection's bag: the voters of its group, one after another.
+        numbers = [part.voters.stop - part.voters.start for part in chunk for _ in part.members]
+        firsts = [part.voters.start - chosen.start for part in chunk for _ in part.members]
+        number, first = tensor_on(device, [numbers, firsts], torch.int64)
+        detection = torch.repeat_interleave(number, output_size=sum(numbers))
+        start_of_bag = number.cumsum(0) - number
+        voter = torch.arange(sum(numbers), device=device) + (first - start_of_bag)[detection]
+        values = F.embedding_bag(
+            voter,
+            rendered.view(len(index), -1),
+            start_of_bag,
+            per_sample_weights=weights[detection, index[voter]],
+            mode="sum",
+        ).view(-1, height, width)
+        inside = [
+            torch.arange(extent, device=device) < (regions[:, end] - regions[:, end - 2])[:, None]
+            for extent, end in ((height, 3), (width, 2))
+        ]
+        values = values * inside[0][:, :, None] * inside[1][:, None, :]
+        starts = torch.arange(len(weights), device=device) * (height * width)
+        row_lengths = torch.full_like(starts, width)
+        return _MergedMasks(values.flatten(), starts, row_lengths, regions, values.amax(dim=2), values.amax(dim=1))
 
     def _find_regions(self, weights: torch.Tensor, membership: torch.Tensor, threshold: float) -> torch.Tensor:
         """Where any detection of each group, membership (groups, D), bool, can reach the threshold: (groups, 4), int64.
@@ -152,14 +206,14 @@ class MaskMerger:
         The sums, (d, h, w), are written to ``out``, strip by strip of its columns, and block by block of its rows.
         """
         _, height, width = out.shape
-        index, x, y = voters.index[chosen], voters.x.boxes(chosen), voters.y.boxes(chosen)
+        index, x, y = voters.chosen(chosen)
         weights = weights.index_select(1, index)
-        strip = max(1, _MAX_RENDERED_PIXELS // (len(index) * self.mask_size))
+        strip = max(1, self.max_rendered_pixels // (len(index) * self.mask_size))
         for left in range(0, width, strip):
             columns = slice(left, min(left + strip, width))
             stretched = _bag(self.columns, x.pixels(columns)).view(len(index), -1, self.mask_size)  # (n, w, m)
             table = stretched.transpose(1, 2).reshape(len(index) * self.mask_size, -1)  # (n * m, w)
-            block = max(1, _MAX_RENDERED_PIXELS // (len(index) * table.shape[1]))
+            block = max(1, self.max_rendered_pixels // (len(index) * table.shape[1]))
             for top in range(0, height, block):
                 rows = slice(top, min(top + block, height))
                 rendered = _bag(table, y.pixels(rows))  # (n * h, w)
@@ -175,20 +229,33 @@ class _Part(NamedTuple):
     region: list[int]  # x1, y1, x2, y2, far corner exclusive, of the image
 
     @property
-    def pixels(self) -> int:
+    def size(self) -> tuple[int, int]:
+        """Width and height of the region."""
         x1, y1, x2, y2 = self.region
-        return len(self.members) * (x2 - x1) * (y2 - y1)
+        return x2 - x1, y2 - y1
+
+    @property
+    def pixels(self) -> int:
+        width, height = self.size
+        return len(self.members) * width * height
 
 
-def _divide(groups: list[tuple[int, int, list[int]]]) -> Iterator[list[_Part]]:
-    """Divide groups, each so many detections and voters and a region, into chunks of at most _MAX_MAP_PIXELS."""
+def _divide(groups: list[tuple[int, int, list[int]]], max_rendered_pixels: int) -> Iterator[list[_Part]]:
+    """Divide groups, each so many detections and voters and a region, into chunks of at most _MAX_MAP_PIXELS.
+
+    If ``max_rendered_pixels`` is not 0, those of several groups are at most as many, over all voters and with regions
+    as large as the largest.
+    """
     chunk, pixels, first, first_voter = [], 0, 0, 0
     for count, number, region in groups:
         voters = slice(first_voter, first_voter + number)
         at_once = max(1, _MAX_MAP_PIXELS // _Part(voters, range(1), region).pixels)
         for start in range(first, first + count, at_once):
             part = _Part(voters, range(start, min(start + at_once, first + count)), region)
-            if chunk and pixels + part.pixels > _MAX_MAP_PIXELS:
+            too_many = pixels + part.pixels > _MAX_MAP_PIXELS
+            if max_rendered_pixels:
+                too_many |= _padded_pixels([*chunk, part]) > max_rendered_pixels
+            if chunk and too_many:
                 yield chunk
                 chunk, pixels = [], 0
             chunk.append(part)
@@ -197,19 +264,27 @@ def _divide(groups: list[tuple[int, int, list[int]]]) -> Iterator[list[_Part]]:
     yield chunk
 
 
+def _padded_pixels(chunk: list[_Part]) -> int:
+    """Pixels rendered, over all voters and detections, with regions as large as the largest."""
+    width, height = (max(sizes) for sizes in zip(*(part.size for part in chunk)))
+    return (chunk[-1].voters.stop - chunk[0].voters.start + sum(len(part.members) for part in chunk)) * width * height
+
+
 class _MergedMasks(NamedTuple):
     """The averaged masks of d detections, each in a region of the image that has all pixels of the threshold."""
 
-    values: torch.Tensor  # (sum of the regions' areas,), float32: the maps one after another, row by row
+    values: torch.Tensor  # float32: the maps one after another, row by row
     start: torch.Tensor  # (d,), int64, of each map in `values`
+    row_length: torch.Tensor  # (d,), int64, from one row of a map to the next, in `values`
     regions: torch.Tensor  # (d, 4), int64: x1, y1, x2, y2, far corner exclusive
-    in_row: torch.Tensor  # (d, height), float32, the largest value in each row of the image
-    in_column: torch.Tensor  # (d, width), float32
+    in_row: torch.Tensor  # (d, largest height), float32, the largest value in each row of the region; 0 beyond it
+    in_column: torch.Tensor  # (d, largest width), float32
 
     def tight_boxes(self, threshold: float) -> torch.Tensor:
         """Boxes (d, 4), float32, around the pixels of a threshold; without extent if there is none."""
         occupied = [x >= threshold for x in (self.in_column, self.in_row)]
-        return torch.stack([_first(x) for x in occupied] + [_last(x) + 1 for x in occupied], dim=1).float()
+        inside = torch.stack([_first(x) for x in occupied] + [_last(x) + 1 for x in occupied], dim=1)
+        return (inside + self.regions[:, :2].repeat(1, 2)).float()
 
 
 def _sample(merged: _MergedMasks, boxes: torch.Tensor, size: int) -> torch.Tensor:
@@ -223,7 +298,9 @@ def _sample(merged: _MergedMasks, boxes: torch.Tensor, size: int) -> torch.Tenso
     x_low, x_high, x_fraction = _sample_axis(boxes[:, 0], boxes[:, 2], size, left, right)
     y_fraction, x_fraction = y_fraction[:, :, None], x_fraction[:, None, :]
 
-    first_of_row = [(merged.start[:, None] + (y - top) * (right - left))[:, :, None] for y in (y_low, y_high)]
+    first_of_row = [
+        (merged.start[:, None] + (y - top) * merged.row_length[:, None])[:, :, None] for y in (y_low, y_high)
+    ]
     columns = [(x - left)[:, None, :] for x in (x_low, x_high)]
     upper, lower = (
         torch.lerp(merged.values[first + columns[0]], merged.values[first + columns[1]], x_fraction)
@@ -238,9 +315,6 @@ class _Texels(NamedTuple):
     index: torch.Tensor  # (n, p, 2), int32
     weight: torch.Tensor  # (n, p, 2); 0 where the pixel does not belong to the box
 
-    def boxes(self, chosen: slice) -> _Texels:
-        return _Texels(self.index[chosen], self.weight[chosen])
-
     def pixels(self, chosen: slice) -> _Texels:
         return _Texels(self.index[:, chosen], self.weight[:, chosen])
 
@@ -250,7 +324,14 @@ class _Voters(NamedTuple):
 
     index: torch.Tensor  # (P,), int64
     x: _Texels  # of the columns of the group's region: the columns of all masks, one mask after another
-    y: _Texels  # of its rows: the rows of the group's masks, one mask after another
+    y: _Texels  # of its rows: the rows of these P masks, one mask after another
+    mask_size: int
+
+    def chosen(self, chosen: slice) -> tuple[torch.Tensor, _Texels, _Texels]:
+        """The same of some of them: the rows are those of the chosen masks."""
+        first_row = chosen.start * self.mask_size
+        x = _Texels(self.x.index[chosen], self.x.weight[chosen])
+        return self.index[chosen], x, _Texels(self.y.index[chosen] - first_row, self.y.weight[chosen])
 
 
 def _find_texels(
