@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -134,7 +135,9 @@ def run_tests(bench: Bench) -> None:
     # The released model has conventions of its own, which it computes in numpy.
     options = ["-q", "--device", bench.device, "--ignore-glob=*test_caffe*"]
     if bench.on_gpu and importlib.util.find_spec("xdist"):
-        options += ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "loadfile"]
+        # Each process has a CUDA context of its own, of some hundred MiB.
+        at_most = torch.cuda.get_device_properties(bench.device).total_memory // 2**31
+        options += ["--numprocesses", str(min(os.cpu_count(), at_most)), "--dist", "worksteal"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *folders]
