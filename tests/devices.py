@@ -14,7 +14,17 @@ from torch.overrides import TorchFunctionMode
 
 TESTS = str(Path(__file__).parent)
 _MAKERS = {
-    *(torch.arange, torch.empty, torch.eye, torch.from_numpy, torch.full, torch.linspace, torch.ones, torch.rand),
+    *(
+        torch.arange,
+        torch.as_tensor,
+        torch.empty,
+        torch.eye,
+        torch.from_numpy,
+        torch.full,
+        torch.linspace,
+        torch.ones,
+        torch.rand,
+    ),
     *(torch.randint, torch.randn, torch.randperm, torch.tensor, torch.zeros),
 }
 _TO_NUMPY = {torch.Tensor.numpy, torch.Tensor.__array__}

@@ -57,6 +57,7 @@ def test_autocast_changes_nothing(warp, dtype):
         assert x.dtype == y.dtype and torch.equal(x, y)
 
 
+@pytest.mark.cpu_only  # what puts the tensors of the tests on a GPU cannot be traced
 def test_compiles_without_a_graph_break_for_any_number_of_boxes(warp):
     torch.compiler.reset()
     # Traced forward and backward as for every backend, but run without one: that would need a C++ compiler.

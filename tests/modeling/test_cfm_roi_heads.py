@@ -55,7 +55,9 @@ def test_losses_are_those_of_stage_3_with_the_same_masks(
             proposals = make_mask_proposals(BOXES, masks)
         else:
             torch.manual_seed(1)
-            order = make_roi_heads(proposal_append_gt=False).label_proposals([Boxes(BOXES)], [target], sample=True)
+            order = make_roi_heads(proposal_append_gt=False).label_proposals(
+                [Boxes(torch.tensor(BOXES))], [target], sample=True
+            )
             heads = make_roi_heads(
                 proposal_append_gt=False,
                 num_passes_train=1,

@@ -64,7 +64,7 @@ def test_run_lengths_are_those_of_pycocotools(seed):
     pasted = paste_masks(masks, boxes, (60, 90), THRESHOLD)
     encoded = encode_masks(masks, boxes, (60, 90), THRESHOLD)
     assert encoded.rles == [mask_util.encode(np.asfortranarray(x)) for x in pasted.numpy().view(np.uint8)]
-    assert torch.equal(encoded.decode(), pasted)
+    assert torch.equal(encoded.decode(), pasted.cpu())
     assert pasted[-5].all() and pasted[-3].sum() == 1 and not pasted[-2:].any()
 
 
@@ -80,6 +80,7 @@ def test_run_lengths_are_a_field_of_instances():
     instances = Instances((60, 90), pred_masks_rle=encoded, scores=torch.arange(len(masks)))
     pixels = encoded.decode()
     for item in (slice(3, 5), torch.tensor([4, 1]), instances.scores > 10):
-        assert torch.equal(instances[item].pred_masks_rle.decode(), pixels[item])
+        chosen = item if isinstance(item, slice) else item.cpu()  # run lengths are decoded on the CPU
+        assert torch.equal(instances[item].pred_masks_rle.decode(), pixels[chosen])
     assert torch.equal(instances[2].pred_masks_rle.decode(), pixels[2:3])
     assert isinstance(encoded[[]], RLEMasks) and len(encoded[[]]) == 0

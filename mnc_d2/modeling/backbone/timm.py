@@ -149,8 +149,9 @@ def _parameters_behind_outputs(net: nn.Module, in_channels: int, shapes: Iterabl
     """Return the names of the parameters that the outputs of ``net`` depend on, once their shapes are as expected."""
     side = 64
     net.eval()  # batch normalisation must not learn from this image
+    image = torch.zeros(1, in_channels, side, side, device=next(net.parameters()).device)
     try:
-        outputs = net(torch.zeros(1, in_channels, side, side))
+        outputs = net(image)
     except (AssertionError, RuntimeError) as error:  # transformers check the size in their own ways
         raise ValueError(
             f"{type(net).__name__} does not take images of any size ({error}); "
