@@ -1,5 +1,6 @@
 from .device import tensor_on
 from .gradient import clip_boxes, clip_gradient, inside_image, pass_gradient, scale_gradient
+from .pooling import max_pool
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
 from .roi_warp import roi_warp, roi_warp_pyramid, roi_warp_pyramid_twice
 
@@ -10,6 +11,7 @@ __all__ = [
     "clip_boxes",
     "clip_gradient",
     "inside_image",
+    "max_pool",
     "pass_gradient",
     "roi_warp",
     "roi_warp_pyramid",

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...layers import max_pool
 from .output_layers import MNCOutputLayers, Predictions
 
 
@@ -52,8 +53,6 @@ class MaskedFeatureClassifier(nn.Module):
         size = features.shape[-1]
         if masks.shape[-1] != size:
             masks = self.resize_masks(masks, size)
-        masked = features * masks[:, None].to(features.dtype)
-        stride = size // self.resolution
-        mask_path = self.mask_path_head(F.max_pool2d(masked, stride))
-        box_path = self.box_path_head(F.max_pool2d(features, stride))
+        mask_path = self.mask_path_head(max_pool(features, self.resolution, masks))
+        box_path = self.box_path_head(max_pool(features, self.resolution))
         return self.predictor(torch.cat((mask_path.flatten(1), box_path.flatten(1)), dim=1))
