@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed to the letter: each makes a model that trains, and is evaluated."""
+"""The recipes of docs/extending.md, followed to the letter: each makes a model that trains, and is evaluated."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import MNCTrainer
 from mnc_d2.evaluation import summarize
 
-TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"\*\*An? (.+?)\*\*.*?```python\n(.*?)```", TEXT, flags=re.S))
 
 

@@ -7,9 +7,11 @@ by the validation set, which also ends the training early where --patience says 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
 from ..config import check_config
@@ -22,8 +24,8 @@ from .common import add_images_argument, add_overrides, overrides, register_spli
 
 EXAMPLE = "  mnc train quickstart/mnc_efficientnet_lite0_FPN.yaml --data nuclei/ --output output/nuclei"
 
-# How often a training is evaluated where the config does not say it.
-_EVALUATIONS = 5
+# How often a training is evaluated at most where the config does not say it.
+_MAX_EVALUATIONS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +74,7 @@ def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:
     if args.patience is not None:
         cfg.SOLVER.PATIENCE = args.patience
     if cfg.TEST.EVAL_PERIOD == 0 and val_set is not None:
-        cfg.TEST.EVAL_PERIOD = max(cfg.SOLVER.MAX_ITER // _EVALUATIONS, 1)
+        cfg.TEST.EVAL_PERIOD = evaluation_period(cfg, len(DatasetCatalog.get(val_set)))
     check_device(cfg, args.num_gpus)
     check_solver(cfg, args.num_gpus)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -80,6 +82,21 @@ def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:
         prepare_dataset(name)
     cfg.freeze()
     return cfg
+
+
+def evaluation_period(cfg: CfgNode, num_images: int) -> int:
+    """Iterations between evaluations on so many images, which all together are to take less time than the training.
+
+    An image takes about as long in an evaluation as in the training. So evaluations see half as many images as the
+    training at most, unless one alone is more, or the early end of the training depends on them.
+    """
+    solver = cfg.SOLVER
+    trained = solver.MAX_ITER * solver.IMS_PER_BATCH * solver.ACCUMULATE
+    evaluations = min(_MAX_EVALUATIONS, trained // (2 * max(num_images, 1)))
+    if solver.PATIENCE > 0:
+        evaluations = _MAX_EVALUATIONS
+    # Rounded up: an evaluation just before the last iteration would be followed by another after it.
+    return max(math.ceil(solver.MAX_ITER / max(evaluations, 1)), 1)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ from programs import restored_catalogs, restored_loggers
 
 from mnc_d2.checkpoint import read_description
 from mnc_d2.cli import COMMANDS, main
+from mnc_d2.cli.train import evaluation_period
+from mnc_d2.model_zoo import get_config
 
 # A training of four iterations that tests can afford.
 SMALL = {
@@ -56,6 +58,24 @@ def test_the_terminal_has_results_and_the_file_the_log(trained):
     log = (folder / "log.txt").read_text()
     assert "Running with full config" in log and "total_loss" in log
     assert "total_loss" not in output + errors
+
+
+@pytest.mark.parametrize(
+    "images, iterations, overrides, period",
+    [
+        (93, 250, [], 125),  # two evaluations of 93 images are less than half of 500
+        (154, 250, [], 250),  # at the end alone
+        (5000, 90000, [], 18000),  # five
+        (10, 251, [], 51),  # five, and none just before the last
+        (154, 250, ["SOLVER.ACCUMULATE", 8], 50),
+        (154, 250, ["SOLVER.PATIENCE", 2], 50),
+        (0, 3, [], 1),
+    ],
+)
+def test_evaluations_take_less_time_than_the_training(images, iterations, overrides, period):
+    cfg = get_config("quickstart/mnc_R_18_FPN.yaml")
+    cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, *overrides])
+    assert evaluation_period(cfg, images) == period
 
 
 @pytest.mark.usefixtures("clean_catalogs")
