@@ -199,11 +199,24 @@ def test_boxes_inside_pass_gradients_without_border_gradient(make_roi_heads, mak
 # ---- masks
 
 
+def reaches_masks(loss, heads, labelled):
+    """Which RoIs' mask logits of the first pass a loss reaches, (R,), bool."""
+    calls, count = heads.passes[0].mask_head.logits, len(labelled)
+    # All RoIs at once, or foreground and then background.
+    calls = calls[:1] if len(calls[0]) == count else calls[:2]
+    reached = torch.cat([gradient(loss, x).abs().sum(dim=(1, 2)) > 0 for x in calls])
+    if len(calls) == 1:
+        return reached
+    is_foreground = labelled.gt_classes < heads.num_classes
+    result = torch.zeros_like(is_foreground)
+    result[is_foreground], result[~is_foreground] = reached[: is_foreground.sum()], reached[is_foreground.sum() :]
+    return result
+
+
 def classification_gradients(heads, make_map, make_proposals, make_target):
     """Which RoIs' mask logits of the first pass the classifier reaches, and which RoIs are mask-level foreground."""
     losses, _, labelled = run(heads, make_map, make_proposals, make_target)
-    logits = heads.passes[0].mask_head.logits[0]
-    reached = gradient(losses["loss_cls_s3"] + losses["loss_seg_cls_s3"], logits).abs().sum(dim=(1, 2)) > 0
+    reached = reaches_masks(losses["loss_cls_s3"] + losses["loss_seg_cls_s3"], heads, labelled)
     return reached, labelled.gt_seg_classes < heads.num_classes
 
 
@@ -239,5 +252,22 @@ def test_mask_gradient_does_not_change_values(make_roi_heads, make_map, make_pro
 def test_mask_loss_always_reaches_its_masks(make_roi_heads, make_map, make_proposals, make_target, mask_gradient):
     heads = make_roi_heads(mask_gradient=mask_gradient, mask_head=LeafMasks())
     losses, _, labelled = run(heads, make_map, make_proposals, make_target)
-    reached = gradient(losses["loss_mask_s2"], heads.passes[0].mask_head.logits[0]).abs().sum(dim=(1, 2)) > 0
+    reached = reaches_masks(losses["loss_mask_s2"], heads, labelled)
     assert torch.equal(reached, labelled.gt_classes < heads.num_classes)
+
+
+def test_masks_of_background_have_no_graph_and_change_no_gradient(
+    make_roi_heads, make_map, make_proposals, make_target
+):
+    """With "foreground" their backward pass is left out: all weights have the gradient that they had with it."""
+    gradients = []
+    for whole in (True, False):
+        heads = make_roi_heads(mask_gradient="foreground")
+        if whole:
+            heads._train_mask_head = lambda index, features, _, heads=heads: heads.heads_of(index).mask_head(features)
+        losses, leaf, _ = run(heads, make_map, make_proposals, make_target)
+        sum(losses.values()).backward()
+        gradients.append([losses["loss_mask_s2"].detach(), leaf.grad, *(x.grad for x in heads.parameters())])
+    for expected, result in zip(*gradients):
+        # Sums in another order.
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)

@@ -61,7 +61,7 @@ def test_losses_are_those_of_stage_3_with_the_same_masks(
             heads = make_roi_heads(
                 proposal_append_gt=False,
                 num_passes_train=1,
-                mask_gradient="none",
+                mask_gradient="all",  # of which masks that are given have none; the mask head sees all RoIs at once
                 mask_head=GivenMasks(masks[order[0].proposal_index]),
             )
             proposals = make_proposals(BOXES)

@@ -63,7 +63,7 @@ def test_first_pass_is_sampled_and_the_next_takes_all_boxes_and_ground_truth(
 ):
     heads = make_roi_heads(batch_size_per_image=16)
     counts = []
-    heads.passes[0].mask_head.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    heads.passes[0].classifier.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
     train(heads, make_map(), [make_proposals(random_boxes(100))], [make_target(GT, [1, 0])])
     assert counts == [16, 18]
 

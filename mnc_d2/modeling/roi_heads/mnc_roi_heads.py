@@ -232,7 +232,7 @@ class MNCROIHeads(ROIHeads):
             proposal.proposal_boxes = boxes
         boxes = [x.proposal_boxes for x in proposals]
         mask_features, pooled = self.pooler(features, boxes, index, self.gradients.mask_coordinate_gradient)
-        logits = self.heads_of(index).mask_head(mask_features)
+        logits = self._train_mask_head(index, mask_features, foreground(proposals, self.num_classes))
         truth = mask_targets(proposals, targets, logits.shape[-1])
         moving = self.gradients.moving_targets and self.gradients.mask_coordinate_gradient
         mask_loss = self.mask_supervision.loss(logits, truth, proposals, targets, self.num_classes, moving)
@@ -242,6 +242,22 @@ class MNCROIHeads(ROIHeads):
         stages = {name: mask_stage if name == "mask_iou" else classifier_stage for name in metrics}
         metrics = {f"s{stages[name]}/{name}": value for name, value in metrics.items()}
         return output, {f"loss_mask_s{mask_stage}": mask_loss, **losses}, metrics
+
+    def _train_mask_head(self, index: int, features: torch.Tensor, is_foreground: torch.Tensor) -> torch.Tensor:
+        """Predict the mask logits (R, m, m) of pooled features (R, C, S, S).
+
+        Those of background have no loss and, unless ``mask_gradient`` is "all", no gradient from the classifier. They
+        are computed without a graph, which saves their backward pass. So the mask head is called twice.
+        """
+        mask_head = self.heads_of(index).mask_head
+        count = int(is_foreground.sum())
+        if self.gradients.mask_gradient == "all" or count in (0, len(features)):
+            return mask_head(features)
+        order = is_foreground.long().argsort(descending=True, stable=True)  # foreground first
+        logits = mask_head(features[order[:count]])
+        with torch.no_grad():
+            of_background = mask_head(features[order[count:]])
+        return torch.cat((logits, of_background))[order.argsort()]
 
     def _train_classifier(
         self, index: int, pooled: torch.Tensor, masks: torch.Tensor, proposals: list[Instances], truth: MaskTargets
