@@ -60,16 +60,17 @@ def vote_masks(
 
     tight = np.zeros((len(survivor), 4), dtype=np.float32)
     soft_masks = np.zeros((len(survivor), *masks.shape[1:]), dtype=np.float32)
+    image = np.zeros(image_size, dtype=np.float32)
     for group in range(int(group_of.max()) + 1 if len(survivor) else 0):
         members = (group_of == group).nonzero()[:, 0]
         voters = votes[members].any(dim=0).nonzero()[:, 0]
         rendered = _render_all(boxes[voters].cpu().numpy(), masks[voters].cpu().numpy(), image_size)
         members, voters = members.tolist(), voters.tolist()
         for member, average in zip(members, np.tensordot(weights[members][:, voters], rendered.values, axes=1)):
-            image = np.zeros(image_size, dtype=np.float32)
             image[rendered.region] = average
-            tight[member] = _tight_box(image > mask_threshold)
+            tight[member] = _tight_box(average > mask_threshold, rendered.region, image_size)
             soft_masks[member] = _sample(image, tight[member], masks.shape[-1])
+        image[rendered.region] = 0
 
     result = Instances(image_size)
     result.pred_boxes = Boxes(torch.from_numpy(tight).to(device))
@@ -136,13 +137,16 @@ def _bilinear(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     return values
 
 
-def _tight_box(occupied: np.ndarray) -> tuple[int, int, int, int]:
-    """The box of the pixels (height, width) that are true, inclusive corners; else the pixel in the middle."""
+def _tight_box(
+    occupied: np.ndarray, region: tuple[slice, slice], image_size: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """The box, inclusive corners, of the pixels of a region that are true; if none is, the image's middle pixel."""
     rows, columns = occupied.any(axis=1).nonzero()[0], occupied.any(axis=0).nonzero()[0]
     if len(rows) == 0:
-        middle_row, middle_column = occupied.shape[0] // 2, occupied.shape[1] // 2
+        middle_row, middle_column = image_size[0] // 2, image_size[1] // 2
         return middle_column, middle_row, middle_column, middle_row
-    return columns[0], rows[0], columns[-1], rows[-1]
+    top, left = region[0].start, region[1].start
+    return left + columns[0], top + rows[0], left + columns[-1], top + rows[-1]
 
 
 def _sample(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
