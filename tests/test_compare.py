@@ -103,6 +103,7 @@ def test_differences_are_paired_by_fold_and_seed(compare):
         (["--variant", "unknown"], "--variant unknown: known are mask_rcnn, mnc"),
         (["--variant", "mnc", "--variant", "mnc"], "Two variants have the same name"),
         (["--train", "a", "--test", "b"], r"Unknown: \['b'\]"),
+        (["--iterations", "2"], "--iterations 2: at least 3"),
         ([], "Name datasets of --dataset with --train and --test, or give --folds"),
     ],
     ids=str,

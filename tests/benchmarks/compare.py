@@ -157,6 +157,8 @@ def write_folds(
 
 def plan_runs(options: argparse.Namespace) -> list[Run]:
     """All runs, seed by seed and fold by fold, so that what is there after an interruption compares all variants."""
+    if options.iterations < 3:
+        raise ValueError(f"--iterations {options.iterations}: at least 3, since the first two are not timed")
     variants = [parse_variant(words, options) for words in options.variant or [["mask_rcnn"], ["mnc"]]]
     if len({x.name for x in variants}) < len(variants):
         raise ValueError("Two variants have the same name.")
