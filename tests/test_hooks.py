@@ -97,6 +97,12 @@ def test_a_training_without_progress_ends(tmp_path, patience, last):
     assert final["model"]["weight"].item() == last and final["iteration"] == last
 
 
+def test_the_log_says_which_metric_has_not_risen(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="mnc_d2"), pytest.raises(TrainingEnds):
+        Trainer(tmp_path, [2.0, 1.0, 9.0], stop_early(1)).train(0, 6)
+    assert "segm/AP has not risen for 1 evaluations" in caplog.text
+
+
 def test_a_better_model_starts_the_patience_anew(tmp_path):
     trainer = Trainer(tmp_path, [2.0, 1.0, 3.0, 1.0, math.nan], stop_early(2))
     with pytest.raises(TrainingEnds):

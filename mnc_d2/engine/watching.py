@@ -86,7 +86,8 @@ class StopEarly(HookBase):
             return
         # The main process alone has metrics.
         if any(comm.all_gather(self._is_over())):
-            logger.info(f"{self._metric} has not risen for {self._patience} evaluations: the training ends here.")
+            metric = self._metric if self._metric != "auto" else find_metric(self.trainer.storage.latest()) or "auto"
+            logger.info(f"{metric} has not risen for {self._patience} evaluations: the training ends here.")
             self.trainer.checkpointer.save("model_final", iteration=self.trainer.iter)
             raise TrainingEnds
 
