@@ -229,6 +229,7 @@ def test_groups_at_once_are_divided_by_the_pixels_that_they_render(monkeypatch, 
 def test_at_a_threshold_of_0_all_pixels_belong_to_a_detection():
     boxes, scores, masks = make_candidates(3)
     result = vote_masks(boxes.clamp(6, 15), scores, masks, SIZE, mask_threshold=0.0)
+    assert len(result) > 0
     assert result.pred_boxes.tensor.tolist() == [[0, 0, SIZE[1], SIZE[0]]] * len(result)
 
 

@@ -246,12 +246,15 @@ class MNCROIHeads(ROIHeads):
     def _train_mask_head(self, index: int, features: torch.Tensor, is_foreground: torch.Tensor) -> torch.Tensor:
         """Predict the mask logits (R, m, m) of pooled features (R, C, S, S).
 
-        Those of background have no loss and, unless ``mask_gradient`` is "all", no gradient from the classifier. They
-        are computed without a graph, which saves their backward pass. So the mask head is called twice.
+        Those of background have no loss and, unless ``mask_gradient`` is "all", no gradient from the classifier. On a
+        CPU they are computed without a graph, in a call of their own, which saves their backward pass. A GPU would be
+        waited for, to say how many they are.
         """
         mask_head = self.heads_of(index).mask_head
+        if self.gradients.mask_gradient == "all" or features.device.type != "cpu":
+            return mask_head(features)
         count = int(is_foreground.sum())
-        if self.gradients.mask_gradient == "all" or count in (0, len(features)):
+        if count in (0, len(features)):
             return mask_head(features)
         order = is_foreground.long().argsort(descending=True, stable=True)  # foreground first
         logits = mask_head(features[order[:count]])
