@@ -85,6 +85,8 @@ def shrink(name="quickstart/mnc_R_18_FPN.yaml", **overrides):
             *("MODEL.DEVICE", DEVICE),
             *("MODEL.FPN.OUT_CHANNELS", 32),
             *("MODEL.ROI_BOX_HEAD.FC_DIM", 32),
+            *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1),
+            *("MODEL.ROI_MASK_HEAD.CONV_DIM", 32),
             *("MODEL.ROI_HEADS.NUM_CLASSES", len(CLASSES)),
             *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16),
             *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),

@@ -193,6 +193,7 @@ def test_two_processes_train_and_evaluate(coco_dataset, tmp_path):
 
 def test_two_processes_of_torchrun_find_what_one_finds(coco_dataset, model_file, tmp_path):
     overrides = [*("MODEL.WEIGHTS", model_file, "MODEL.ROI_BOX_HEAD.FC_DIM", 32), "TEST.NUM_PICTURES", 0]
+    overrides += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32]
     overrides += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
     one, two = (arguments_for(coco_dataset, tmp_path / x, "--eval-only", overrides=overrides) for x in ("one", "two"))
     run_here(one)

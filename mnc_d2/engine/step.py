@@ -97,6 +97,8 @@ class AccumulatingTrainer(SimpleTrainer):
             return
         # Raises FloatingPointError before the optimizer has seen a loss that is not finite.
         self.write_metrics(losses, data_time, self.iter)
+        # Here, as fused optimizers would do it after gradients are clipped.
+        self.grad_scaler.unscale_(self.optimizer)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

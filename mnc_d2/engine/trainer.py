@@ -227,7 +227,8 @@ class MNCTrainer(DefaultTrainer):
                 cfg.SOLVER.BACKBONE_LR_FACTOR if name.startswith("backbone.bottom_up.") else 1.0
             ),
         )
-        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW(parameters, lr=cfg.SOLVER.BASE_LR))
+        # Fused: a quarter of the time on a CPU, where it is a twentieth of a step of a small model.
+        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW(parameters, lr=cfg.SOLVER.BASE_LR, fused=True))
 
     @classmethod
     def build_train_loader(cls, cfg):

@@ -1,17 +1,20 @@
 from .device import tensor_on
 from .gradient import clip_boxes, clip_gradient, inside_image, pass_gradient, scale_gradient
-from .pooling import max_pool
+from .linear import LinearOfMaps
+from .pooling import max_pool, max_pool_images
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
 from .roi_warp import roi_warp, roi_warp_pyramid, roi_warp_pyramid_twice
 
 __all__ = [
     "HALF_PRECISIONS",
     "HalfPrecisionWeights",
+    "LinearOfMaps",
     "at_least_float32",
     "clip_boxes",
     "clip_gradient",
     "inside_image",
     "max_pool",
+    "max_pool_images",
     "pass_gradient",
     "roi_warp",
     "roi_warp_pyramid",

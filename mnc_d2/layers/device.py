@@ -13,3 +13,9 @@ def tensor_on(device: torch.device, values: Sequence, dtype: torch.dtype | None 
     ``torch.tensor(values, device=device)`` waits until a GPU has done all that it was given before.
     """
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def wants_operator(x: torch.Tensor) -> bool:
+    """Whether to leave the work on x to operators of PyTorch: for gradients, in a graph, or on a GPU."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.is_grad_enabled() or traced or x.device.type != "cpu"

@@ -1,11 +1,17 @@
-"""Max pooling of the features of RoIs, times their masks where there are any."""
+"""Max pooling that, where there is no backward pass, does not prepare one.
+
+PyTorch writes for each result the index that a backward pass needs, which on a CPU takes longer than the maxima.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import reduce
 
 import torch
 import torch.nn.functional as F
+
+from .device import wants_operator
 
 # Elements of the features that are pooled at once: few enough for the cache of a CPU.
 _MAX_ELEMENTS = 2**20
@@ -14,11 +20,8 @@ _MAX_ELEMENTS = 2**20
 def max_pool(features: torch.Tensor, size: int, masks: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``F.max_pool2d(features * masks[:, None], S // size)``, where no gradient is wanted in less time.
 
-    PyTorch writes for each result the index that a backward pass needs, and products that are as large as the features.
-    On a CPU both take longer than the maxima.
-
     Args:
-        features: (R, C, S, S).
+        features: (R, C, S, S), of RoIs.
         size: s, a divisor of S.
         masks: (R, S, S), any dtype, converted to that of the features; None for features as they are.
 
@@ -27,14 +30,50 @@ def max_pool(features: torch.Tensor, size: int, masks: torch.Tensor | None = Non
     """
     stride = features.shape[-1] // size
     of_features = None if masks is None else masks[:, None].to(features.dtype)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if torch.is_grad_enabled() or traced or features.device.type != "cpu":
+    if wants_operator(features):
         return F.max_pool2d(features if masks is None else features * of_features, stride)
-    pooled = features.new_empty(*features.shape[:2], size, size)
-    rois = max(1, _MAX_ELEMENTS // max(1, features[:1].numel()))
-    for part in (slice(first, first + rois) for first in range(0, len(features), rois)):
-        x = features[part] if masks is None else features[part] * of_features[part]
-        pooled[part] = reduce(
-            torch.maximum, (x[..., i::stride, j::stride] for i in range(stride) for j in range(stride))
-        )
+    return _pool_in_parts(features, stride, features.new_empty(*features.shape[:2], size, size), of_features)
+
+
+def max_pool_images(images: torch.Tensor, stride: int) -> torch.Tensor:
+    """Return ``F.max_pool2d(images, stride)``, where no gradient is wanted in less time.
+
+    Args:
+        images: (N, C, H, W).
+        stride: at most H and W; rows and columns beyond the last whole window are left out.
+
+    Returns:
+        (N, C, H // stride, W // stride).
+    """
+    if wants_operator(images) or not images.is_contiguous(memory_format=torch.channels_last):
+        return F.max_pool2d(images, stride)
+    images = images[..., : images.shape[2] // stride * stride, : images.shape[3] // stride * stride]
+    shape = (*images.shape[:2], images.shape[2] // stride, images.shape[3] // stride)
+    pooled = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
+    return _pool_in_parts(images, stride, pooled)
+
+
+def _pool_in_parts(
+    x: torch.Tensor, stride: int, pooled: torch.Tensor, factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Write the maxima of windows of x (N, C, H, W), times the factors (N, 1, H, W), into ``pooled``; return it."""
+    for items, rows in _parts(pooled.shape, stride):
+        window_rows = slice(rows.start * stride, rows.stop * stride)
+        part = x[items, :, window_rows]
+        if factors is not None:
+            part = part * factors[items, :, window_rows]
+        # Along the rows first: their values lie together, whatever the stride.
+        part = reduce(torch.maximum, (part[:, :, i::stride] for i in range(stride)))
+        pooled[items, :, rows] = reduce(torch.maximum, (part[..., i::stride] for i in range(stride)))
     return pooled
+
+
+def _parts(shape: torch.Size, stride: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a result of shape (N, C, h, w) into items and rows whose windows are few enough elements."""
+    items, channels, height, width = shape
+    row = max(1, channels * width * stride**2)  # elements of the windows of a row
+    rows_at_once = max(1, min(height, _MAX_ELEMENTS // row))
+    items_at_once = max(1, _MAX_ELEMENTS // (row * max(1, height)))
+    for item in range(0, items, items_at_once):
+        for top in range(0, height, rows_at_once):
+            yield slice(item, item + items_at_once), slice(top, min(height, top + rows_at_once))

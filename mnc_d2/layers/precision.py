@@ -10,11 +10,14 @@ import torch
 from detectron2.layers import Conv2d
 from torch import nn
 
+from .linear import LinearOfMaps
+
 # By the names that configs have for them.
 HALF_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Layers that use their weights as they are. Those that standardise them first, as some of timm's, need them in full.
-_PLAIN_FORWARDS = {nn.Linear.forward, nn.Conv2d.forward, nn.ConvTranspose2d.forward, Conv2d.forward}
+_PLAIN_LAYERS = nn.Linear, LinearOfMaps, nn.Conv2d, nn.ConvTranspose2d, Conv2d
+_PLAIN_FORWARDS = {layer.forward for layer in _PLAIN_LAYERS}
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

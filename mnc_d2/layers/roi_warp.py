@@ -141,18 +141,20 @@ def _bags(
     x_index, x_weight = _bilinear_taps(positions(boxes[:, 0], boxes[:, 2], size), widths[:, None], reach)
     y_index = y_index * widths[:, None, None] + first_row[:, None, None]
 
-    # Outer products of the taps along y and along x, by bin, sample of the bin and tap.
-    def spread(y, x):
-        y = y.view(-1, output_size, 1, pool, 1, 2, 1)
-        return y, x.view(-1, 1, output_size, 1, pool, 1, 2)
+    # Outer products of the taps along y and along x, (R, S, S, ...), of what is by sample of the bin and tap.
+    by_sample_and_tap = (-1, output_size, pool, pool, 2, 2)
 
-    def flatten(outer):
-        return outer.flatten(5, 6).flatten(3, 4).flatten(1, 2)  # (R, S * S, samples a bin, 4)
+    def along_y(y):
+        return y.view(-1, output_size, pool, 1, 2, 1).expand(by_sample_and_tap).flatten(2)[:, :, None]
 
-    y_index, x_index = spread(y_index, x_index)
-    y_weight, x_weight = spread(y_weight, x_weight)
+    def along_x(x):
+        return x.view(-1, output_size, 1, pool, 1, 2).expand(by_sample_and_tap).flatten(2)[:, None]
+
+    bags = (-1, output_size**2, pool**2, 4)
     dtype = torch.promote_types(features[0].dtype, torch.float32)
-    return flatten(y_index + x_index), flatten(y_weight * x_weight).to(dtype)
+    index = along_y(y_index) + along_x(x_index)
+    weight = along_y(y_weight) * along_x(x_weight)
+    return index.view(bags), weight.view(bags).to(dtype)
 
 
 def _check_arguments(

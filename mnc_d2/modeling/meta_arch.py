@@ -137,9 +137,12 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         return features, proposals
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """As ``GeneralizedRCNN.preprocess_image``; at inference in channels_last, which convolutions prefer."""
+        """As ``GeneralizedRCNN.preprocess_image``, in channels_last, which convolutions prefer.
+
+        In training on a CPU only: on a GPU it has not been measured.
+        """
         images = super().preprocess_image(batched_inputs)
-        if not self.training:
+        if not self.training or self.device.type == "cpu":
             images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
         return images
 

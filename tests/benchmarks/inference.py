@@ -20,7 +20,7 @@ from measure import median_seconds, peak_process_memory
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from mnc_d2.layers import HALF_PRECISIONS
+from mnc_d2.layers import HALF_PRECISIONS, LinearOfMaps
 from mnc_d2.model_zoo import get_config
 from mnc_d2.modeling import MultitaskNetworkCascade
 
@@ -142,6 +142,7 @@ def arithmetic_alone(model: nn.Module, inputs: list[dict], precision: str) -> Ca
         hook.remove()
     dtype = HALF_PRECISIONS.get(precision, torch.float32)
     calls = [(layer, x.to(dtype)) for layer, x in calls]
+    calls = [(layer, x.flatten(1) if isinstance(layer, LinearOfMaps) else x) for layer, x in calls]
     weights = {layer: [None if x is None else x.to(dtype) for x in (layer.weight, layer.bias)] for layer in layers}
 
     @torch.no_grad()

@@ -1,10 +1,10 @@
-"""Max pooling of the features of RoIs against PyTorch's, with and without gradients."""
+"""Max pooling of RoIs and images against PyTorch's, with and without gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mnc_d2.layers import max_pool, pooling
+from mnc_d2.layers import max_pool, max_pool_images, pooling
 
 
 def make_rois(count=7, size=6, dtype=torch.float32):
@@ -49,3 +49,27 @@ def test_gradients_are_those_of_pytorch():
         results.append(torch.autograd.grad(pool(*inputs).square().sum(), inputs))
     for result, expected in zip(*results):
         assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("elements", [1, 300, 2**20])  # one row of windows, some, and all at once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 6, 8), (2, 7, 9), (1, 2, 3), (0, 4, 4)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_images_without_gradients(monkeypatch, stride, shape, dtype, elements):
+    monkeypatch.setattr(pooling, "_MAX_ELEMENTS", elements)
+    count, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, height, width, 5, generator=generator).to(dtype).permute(0, 3, 1, 2)
+    for x in (images, images.contiguous()):
+        with torch.no_grad():
+            pooled = max_pool_images(x, stride)
+        expected = F.max_pool2d(x, stride)
+        assert pooled.dtype == dtype and torch.equal(pooled, expected)
+        assert pooled.stride() == expected.stride() or count == 0
+
+
+def test_gradients_of_images():
+    images = make_rois()[0].relu().requires_grad_()
+    (result,) = torch.autograd.grad(max_pool_images(images, 2).square().sum(), images)
+    (expected,) = torch.autograd.grad(F.max_pool2d(images, 2).square().sum(), images)
+    assert torch.equal(result, expected)

@@ -12,6 +12,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
+from ...layers import max_pool_images
+
 # (number of 3 x 3 convolutions, channels) of each stage.
 _STAGES = {
     "conv1": (2, 64),
@@ -87,8 +89,10 @@ class VGG16(Backbone):
         for i, (name, layers) in enumerate(self._layers.items()):
             if i > 0:
                 # The last row of images lower than 16 pixels stays, whatever the mode.
-                ceil_mode = self.ceil_mode or min(x.shape[2:]) == 1
-                x = F.max_pool2d(x, kernel_size=2, stride=2, ceil_mode=ceil_mode)
+                if (self.ceil_mode and any(size % 2 for size in x.shape[2:])) or min(x.shape[2:]) == 1:
+                    x = F.max_pool2d(x, kernel_size=2, stride=2, ceil_mode=True)
+                else:
+                    x = max_pool_images(x, 2)
             for layer in layers:
                 x = F.relu_(getattr(self, layer)(x))
             if name in self._out_features:

@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from torch import nn
 
-from ...layers import at_least_float32
+from ...layers import LinearOfMaps, at_least_float32
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -27,7 +27,7 @@ class MaskRegressionHead(nn.Module):
         """
         super().__init__()
         self.mask_size = mask_size
-        self.fc1 = nn.Linear(input_shape.channels * input_shape.height * input_shape.width, hidden_dim)
+        self.fc1 = LinearOfMaps(input_shape.channels, input_shape.height, input_shape.width, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, mask_size**2)
         for layer in (self.fc1, self.fc2):
             nn.init.normal_(layer.weight, std=init_std)
@@ -44,7 +44,7 @@ class MaskRegressionHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return mask logits (R, m, m), at least float32, for pooled features (R, C, S, S)."""
-        hidden = F.relu(self.fc1(features.flatten(1)))
+        hidden = F.relu(self.fc1(features))
         return at_least_float32(self.fc2(hidden)).view(-1, self.mask_size, self.mask_size)
 
 
