@@ -10,12 +10,13 @@ from .device import wants_operator
 
 
 class LinearOfMaps(nn.Linear):
-    """``nn.Linear`` of flattened feature maps; where no gradient is wanted, in less time on a CPU.
+    """``nn.Linear`` of flattened feature maps; at inference on a CPU in less time.
 
-    Flattening channels_last features copies them all, which for large maps takes as long as half of the product. At
-    inference the layer keeps a copy of its weight in the order of the features instead, made when it is first called
-    and whenever the weight has changed; only of a change through ``weight.data``, which PyTorch does not count, it has
-    to be told by ``train()``. Weights that were made in inference mode count no changes, and are used as they are.
+    Flattening channels_last features copies them all, which for large maps takes as long as half of the product. In
+    ``eval()``, without gradients, the layer keeps a copy of its weight in the order of the features instead, made when
+    it is first called and whenever the weight has changed; only of a change through ``weight.data``, which PyTorch does
+    not count, it has to be told by ``train()``. Weights that were made in inference mode count no changes, and are used
+    as they are.
     """
 
     def __init__(self, channels: int, height: int, width: int, out_features: int) -> None:
@@ -30,7 +31,7 @@ class LinearOfMaps(nn.Linear):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return (R, out_features) of features (R, channels, height, width)."""
-        if wants_operator(features) or features.is_contiguous() or self.weight.is_inference():
+        if self.training or wants_operator(features) or features.is_contiguous() or self.weight.is_inference():
             return super().forward(features.flatten(1))
         return F.linear(features.permute(0, 2, 3, 1).flatten(1), self._weight_by_pixel(), self.bias)
 

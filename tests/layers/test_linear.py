@@ -15,7 +15,7 @@ UNITS, CHANNELS, SIZE = 5, 6, 4
 @pytest.fixture
 def layer():
     torch.manual_seed(0)
-    return LinearOfMaps(CHANNELS, SIZE, SIZE, UNITS)
+    return LinearOfMaps(CHANNELS, SIZE, SIZE, UNITS).eval()
 
 
 def make_features(count=3, dtype=torch.float32):
@@ -107,7 +107,7 @@ def test_half_precision(layer):
 
 def test_weights_made_in_inference_mode_may_change(layer):
     with torch.inference_mode():
-        layer = LinearOfMaps(CHANNELS, SIZE, SIZE, UNITS)
+        layer = LinearOfMaps(CHANNELS, SIZE, SIZE, UNITS).eval()
         for _ in range(2):
             assert_right(layer, make_features())
             layer.weight.mul_(2)
