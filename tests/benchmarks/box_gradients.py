@@ -5,7 +5,8 @@
 takes the arguments of train_net.py. For the foreground RoIs of batches of the training set (those with IoU 0.5 to 1
 with an instance, without the ground-truth boxes themselves) it prints, by pass and by loss, the share whose IoU rises
 after a step of 2 % of the box along the negative gradient, and the mean cosine between that direction and the way to
-the object. RoIs without gradient are left out. The gradients are those before MODEL.MNC.DELTA_GRADIENT_CLIP.
+the object; for all losses together also by the IoU of the RoI. RoIs without gradient are left out. The gradients are
+those before MODEL.MNC.DELTA_GRADIENT_CLIP.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ import train_net  # noqa: E402
 
 STEP = 0.02
 NUM_BATCHES = 12
+IOU_RANGES = ((0.5, 0.7), (0.7, 0.8), (0.8, 0.9), (0.9, 1.0))
 
 
 def measure(boxes: torch.Tensor, gradient: torch.Tensor, gt_boxes: torch.Tensor) -> torch.Tensor:
-    """Whether a step along the negative gradient raises the IoU, and its cosine with the way to the object.
+    """Whether a step along the negative gradient raises the IoU, its cosine with the way to the object, and the IoU.
 
     Args:
         boxes, gradient, gt_boxes: (R, 4) each, in image pixels.
 
     Returns:
-        (n, 2), for the n RoIs that are foreground, are no ground-truth boxes and have a gradient.
+        (n, 3), for the n RoIs that are foreground, are no ground-truth boxes and have a gradient.
     """
     before = matched_pairwise_iou(Boxes(boxes), Boxes(gt_boxes))
     chosen = (before >= 0.5) & (before < 0.999) & (gradient != 0).any(dim=1)
@@ -48,7 +50,8 @@ def measure(boxes: torch.Tensor, gradient: torch.Tensor, gt_boxes: torch.Tensor)
     direction = -F.normalize(gradient[chosen], dim=1)
     size = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1, keepdim=True).sqrt()
     after = matched_pairwise_iou(Boxes(boxes + STEP * size * direction), Boxes(gt_boxes))
-    return torch.stack(((after > before).float(), F.cosine_similarity(direction, gt_boxes - boxes)), dim=1)
+    cosine = F.cosine_similarity(direction, gt_boxes - boxes)
+    return torch.stack(((after > before).float(), cosine, before), dim=1)
 
 
 def measure_batch(model: torch.nn.Module, inputs: list[dict]) -> dict[tuple[int, str], torch.Tensor]:
@@ -91,8 +94,14 @@ def main() -> None:
     rows = []
     for (number, name), values in sorted(totals.items()):
         values = torch.cat(values)
-        rows.append([number, name, len(values), *values.mean(dim=0).tolist()])
-    print(tabulate(rows, headers=["pass", "loss", "RoIs", "IoU rises", "cosine"], floatfmt=".2f", tablefmt="github"))
+        rows.append([number, name, "0.5 to 1", len(values), *values.mean(dim=0)[:2].tolist()])
+        if name != "all":
+            continue
+        for low, high in IOU_RANGES:
+            part = values[(values[:, 2] >= low) & (values[:, 2] < high)]
+            rows.append([number, name, f"{low} to {high}", len(part), *part.mean(dim=0)[:2].tolist()])
+    headers = ["pass", "loss", "IoU", "RoIs", "IoU rises", "cosine"]
+    print(tabulate(rows, headers=headers, floatfmt=".2f", tablefmt="github"))
 
 
 if __name__ == "__main__":
