@@ -35,18 +35,23 @@ def max_pool(features: torch.Tensor, size: int, masks: torch.Tensor | None = Non
     return _pool_in_parts(features, stride, features.new_empty(*features.shape[:2], size, size), of_features)
 
 
-def max_pool_images(images: torch.Tensor, stride: int) -> torch.Tensor:
-    """Return ``F.max_pool2d(images, stride)``, where no gradient is wanted in less time.
+def max_pool_images(images: torch.Tensor, stride: int, ceil_mode: bool = False) -> torch.Tensor:
+    """Return ``F.max_pool2d(images, stride, ceil_mode=ceil_mode)``, where no gradient is wanted in less time.
 
     Args:
         images: (N, C, H, W).
-        stride: at most H and W; rows and columns beyond the last whole window are left out.
+        stride: of windows of as many rows and columns.
+        ceil_mode: whether what is left beyond the last whole window is pooled, too, or left out.
 
     Returns:
-        (N, C, H // stride, W // stride).
+        (N, C, H / stride, W / stride), rounded up with ``ceil_mode``, else down.
     """
-    if wants_operator(images) or not images.is_contiguous(memory_format=torch.channels_last):
-        return F.max_pool2d(images, stride)
+    if (
+        wants_operator(images)
+        or not images.is_contiguous(memory_format=torch.channels_last)
+        or (ceil_mode and any(size % stride for size in images.shape[2:]))
+    ):
+        return F.max_pool2d(images, stride, ceil_mode=ceil_mode)
     images = images[..., : images.shape[2] // stride * stride, : images.shape[3] // stride * stride]
     shape = (*images.shape[:2], images.shape[2] // stride, images.shape[3] // stride)
     pooled = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)

@@ -54,16 +54,16 @@ def test_gradients_are_those_of_pytorch():
 @pytest.mark.parametrize("elements", [1, 300, 2**20])  # one row of windows, some, and all at once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 6, 8), (2, 7, 9), (1, 2, 3), (0, 4, 4)])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_images_without_gradients(monkeypatch, stride, shape, dtype, elements):
+@pytest.mark.parametrize("stride, ceil_mode", [(1, False), (2, False), (2, True)])
+def test_images_without_gradients(monkeypatch, stride, ceil_mode, shape, dtype, elements):
     monkeypatch.setattr(pooling, "_MAX_ELEMENTS", elements)
     count, height, width = shape
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, height, width, 5, generator=generator).to(dtype).permute(0, 3, 1, 2)
     for x in (images, images.contiguous()):
         with torch.no_grad():
-            pooled = max_pool_images(x, stride)
-        expected = F.max_pool2d(x, stride)
+            pooled = max_pool_images(x, stride, ceil_mode)
+        expected = F.max_pool2d(x, stride, ceil_mode=ceil_mode)
         assert pooled.dtype == dtype and torch.equal(pooled, expected)
         assert pooled.stride() == expected.stride() or count == 0
 

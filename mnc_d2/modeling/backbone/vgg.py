@@ -89,10 +89,7 @@ class VGG16(Backbone):
         for i, (name, layers) in enumerate(self._layers.items()):
             if i > 0:
                 # The last row of images lower than 16 pixels stays, whatever the mode.
-                if (self.ceil_mode and any(size % 2 for size in x.shape[2:])) or min(x.shape[2:]) == 1:
-                    x = F.max_pool2d(x, kernel_size=2, stride=2, ceil_mode=True)
-                else:
-                    x = max_pool_images(x, 2)
+                x = max_pool_images(x, 2, ceil_mode=self.ceil_mode or min(x.shape[2:]) == 1)
             for layer in layers:
                 x = F.relu_(getattr(self, layer)(x))
             if name in self._out_features:
