@@ -6,13 +6,14 @@ import copy
 
 import torch
 import torch.nn.functional as F
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import Backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
 from torch import nn
 from torchvision.ops import nms, roi_align
 
-from ..modeling import CascadePooler, CausalRPN, MNCROIHeads, MultitaskNetworkCascade, RoIWarpPooler
+from ..modeling import VGG16, CascadePooler, CausalRPN, MNCROIHeads, MultitaskNetworkCascade, RoIWarpPooler
 
 # What the network returns, see :meth:`CandidateNetwork.forward`.
 CANDIDATES = ("boxes", "scores", "masks", "class_boxes")
@@ -237,5 +238,11 @@ def check_exportable(model: nn.Module) -> None:
         raise ValueError('Only models of MODEL.MNC.ROI_WARP_SAMPLING "center" can be exported.')
     if not heads.mask_on:
         raise ValueError("Models with MODEL.MASK_ON False cannot be exported: the results are those of mask voting.")
+    if isinstance(model.backbone, VGG16):
+        # Whether an image is so low that its last row stays would be a condition of the graph.
+        raise ValueError("Models with the backbone VGG16 cannot be exported.")
+    if any(isinstance(x, FrozenBatchNorm2d) for x in heads.modules()):
+        # torch.export would have to know whether there are RoIs.
+        raise ValueError("Models with frozen batch normalisation in the heads, as Res5BoxHead has, cannot be exported.")
     if model.backbone.padding_constraints.get("square_size", 0) > 0:
         raise ValueError("Models whose backbone takes square images only cannot be exported.")

@@ -215,3 +215,10 @@ def test_what_is_wrong_is_said_in_a_sentence(files, checkpoint, tmp_path, monkey
 def test_parts_that_cannot_be_exported_are_named(small_config, key, value, message):
     with pytest.raises(ValueError, match=message):
         CandidateNetwork(build_model(small_config(**{key: value})))
+
+
+@pytest.mark.parametrize("name, message", [("mnc_VGG_16", "backbone VGG16"), ("mnc_R_50_C4", "Res5BoxHead")])
+def test_networks_that_cannot_be_exported_are_named(small_config, name, message):
+    cfg = small_config(f"COCO-InstanceSegmentation/{name}.yaml", **{"MODEL.MNC.MASK_FC_DIM": 8})
+    with pytest.raises(ValueError, match=message):
+        CandidateNetwork(build_model(cfg))
