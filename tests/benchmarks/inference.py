@@ -39,7 +39,7 @@ PAIRS = {
     },
 }
 VGG_16 = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage.yaml"
-ARITHMETIC_BARS = {"float32": 1.25, "bfloat16": 2.0}
+ARITHMETIC_BARS = {"float32": 1.10, "bfloat16": 1.15}
 
 
 def prepare(cfg: CfgNode, device: str, size: tuple[int, int] = (HEIGHT, WIDTH)) -> nn.Module:
