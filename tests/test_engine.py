@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from detectron2.config import get_cfg
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -157,6 +158,17 @@ def test_gradients_that_a_loss_scale_made_infinite_do_not_count():
 
 
 # ---- mixed precision
+
+
+def test_gradients_are_clipped_without_the_loss_scale_also_before_a_fused_step():
+    trainer = toy_trainer([0.25], precision=torch.float16)
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0, fused=True)
+    trainer.optimizer = maybe_add_gradient_clipping(cfg, optimizer)
+    run_steps(trainer)
+    assert trainer.model.weight.item() == 2.0 - 0.5  # twice the batch: less than the limit
 
 
 def test_float16_scales_losses_and_limits_and_unscales_gradients():
