@@ -1,5 +1,5 @@
 from .device import tensor_on
-from .gradient import clip_boxes, clip_gradient, inside_image, pass_gradient, scale_gradient
+from .gradient import channels_last_gradient, clip_boxes, clip_gradient, inside_image, pass_gradient, scale_gradient
 from .linear import LinearOfMaps
 from .pooling import max_pool, max_pool_images
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
@@ -10,6 +10,7 @@ __all__ = [
     "HalfPrecisionWeights",
     "LinearOfMaps",
     "at_least_float32",
+    "channels_last_gradient",
     "clip_boxes",
     "clip_gradient",
     "inside_image",

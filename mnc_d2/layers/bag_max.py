@@ -35,6 +35,8 @@ def bag_max(features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch
         sums are the largest the first takes the gradient, as in PyTorch's max pooling.
     """
     table = _make_table(features, weight.dtype)
+    if index.shape[2] == 1:
+        return next(_sample(table, index, weight)).view(*index.shape[:2], table.shape[1]).to(features[0].dtype)
     result = features[0].new_empty(index.shape[0], index.shape[1], table.shape[1])
     for chunk in _chunks(result.shape, table):
         result[chunk] = _largest(_sample(table, index[chunk], weight[chunk])).view_as(result[chunk])

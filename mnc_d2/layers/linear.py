@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .device import wants_operator
+from .gradient import channels_last_gradient
 
 
 class LinearOfMaps(nn.Linear):
@@ -32,7 +33,7 @@ class LinearOfMaps(nn.Linear):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return (R, out_features) of features (R, channels, height, width)."""
         if self.training or wants_operator(features) or features.is_contiguous() or self.weight.is_inference():
-            return super().forward(features.flatten(1))
+            return super().forward(channels_last_gradient(features).flatten(1))
         return F.linear(features.permute(0, 2, 3, 1).flatten(1), self._weight_by_pixel(), self.bias)
 
     def train(self, mode: bool = True) -> LinearOfMaps:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .device import wants_operator
+from .gradient import channels_last_gradient
 
 # Elements of the features that are pooled at once: few enough for the cache of a CPU.
 _MAX_ELEMENTS = 2**20
@@ -31,7 +32,7 @@ def max_pool(features: torch.Tensor, size: int, masks: torch.Tensor | None = Non
     stride = features.shape[-1] // size
     of_features = None if masks is None else masks[:, None].to(features.dtype)
     if wants_operator(features):
-        return F.max_pool2d(features if masks is None else features * of_features, stride)
+        return channels_last_gradient(F.max_pool2d(features if masks is None else features * of_features, stride))
     return _pool_in_parts(features, stride, features.new_empty(*features.shape[:2], size, size), of_features)
 
 

@@ -34,7 +34,7 @@ def attach_anchors(
         clipped = clip_boxes(boxes_of_image, proposal.image_size)
         # Equal logits alone may be a coincidence; of equal boxes with equal logits, NMS leaves one.
         same = proposal.objectness_logits[:, None] == logits_of_image.detach()  # (P, A)
-        for corner, anchor_corner in zip(proposal.proposal_boxes.tensor.T, clipped.T):
+        for corner, anchor_corner in zip(proposal.proposal_boxes.tensor.T.contiguous(), clipped.T.contiguous()):
             same &= corner[:, None] == anchor_corner
         index = same.to(torch.uint8).argmax(dim=1)
         proposal.anchor_boxes = anchors_of_image[index]

@@ -257,7 +257,9 @@ class MNCROIHeads(ROIHeads):
         if count in (0, len(features)):
             return mask_head(features)
         order = is_foreground.long().argsort(descending=True, stable=True)  # foreground first
-        logits = mask_head(features[order[:count]])
+        # Chosen pixel by pixel, so that their gradient, too, lies in memory as the features do.
+        by_pixel = features.permute(0, 2, 3, 1)
+        logits = mask_head(by_pixel.index_select(0, order[:count]).permute(0, 3, 1, 2))
         with torch.no_grad():
             of_background = mask_head(features[order[count:]])
         return torch.cat((logits, of_background))[order.argsort()]
