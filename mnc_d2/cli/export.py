@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..export import FORMATS, export_model
+from ..export import FORMATS, WEIGHTS, export_model
 from .common import add_overrides, overrides
 
 EXAMPLE = (
@@ -24,11 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="such as model.onnx, or model.pt2 of torch.export"
     )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="float32",
+        help="of the fully connected layers; int8, for onnx, makes a smaller and faster file at the same AP",
+    )
     add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Export; say what was written."""
-    export_model(args.model, args.output, args.format, config=args.config, overrides=overrides(args))
+    export_model(
+        args.model, args.output, args.format, weights=args.weights, config=args.config, overrides=overrides(args)
+    )
     beside = ", and client.py beside it" if args.format == "onnx" else ""
     print(f"Wrote {args.output}{beside}.")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,8 @@ METADATA_KEY = "mnc_d2"
 # The longest side of an image, in pixels.
 _MAX_SIDE = 2**14
 CLIENT = Path(__file__).with_name("client.py")
+# What the weights of fully connected layers may be stored as.
+WEIGHTS = ("float32", "int8")
 
 
 def export_model(
@@ -31,6 +35,7 @@ def export_model(
     output: str | os.PathLike,
     format: str,
     *,
+    weights: str = "float32",
     config: str | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
@@ -42,6 +47,7 @@ def export_model(
         path, config, overrides: as :func:`~mnc_d2.predictor.load_predictor` takes them.
         output: the file; its folder is made if need be.
         format: one of ``FORMATS``: "onnx", or "torch" for ``torch.export``.
+        weights: one of ``WEIGHTS``, of the fully connected layers. "int8" only for "onnx".
 
     Raises:
         FileNotFoundError, ValueError: as :func:`~mnc_d2.predictor.load_predictor` does; the model has a part that
@@ -49,16 +55,20 @@ def export_model(
     """
     if format not in FORMATS:
         raise ValueError(f"The format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    if weights not in WEIGHTS:
+        raise ValueError(f"The weights must be one of {', '.join(WEIGHTS)}, got {weights!r}.")
+    if weights == "int8" and format != "onnx":
+        raise ValueError(f"Only the format onnx can have int8 weights, not {format}.")
     output = Path(output)
     if format == "onnx":
-        _check_packages()
+        _check_packages(["onnx", "onnxscript"] + (["onnxruntime"] if weights == "int8" else []))
     cfg, description = load_model_config(path, device="cpu", config=config, overrides=overrides)
     if cfg.INPUT.EXACT_SCALE_TEST:
         raise ValueError("Models with INPUT.EXACT_SCALE_TEST cannot be exported: the client resizes to whole pixels.")
     output.parent.mkdir(parents=True, exist_ok=True)
     network = CandidateNetwork(MNCPredictor(cfg).model).eval()
     metadata = json.dumps(describe(cfg, description, network))
-    FORMATS[format](trace(network), metadata, output)
+    FORMATS[format](trace(network), metadata, output, weights)
 
 
 def describe(cfg: CfgNode, description: ModelDescription, network: CandidateNetwork) -> dict:
@@ -98,12 +108,13 @@ def trace(network: CandidateNetwork) -> torch.export.ExportedProgram:
         return torch.export.export(network, (image,), dynamic_shapes=sizes)
 
 
-def _write_torch(program: torch.export.ExportedProgram, metadata: str, output: Path) -> None:
+def _write_torch(program: torch.export.ExportedProgram, metadata: str, output: Path, weights: str) -> None:
+    del weights
     with open_atomically(output) as file:
         torch.export.save(program, file, extra_files={f"{METADATA_KEY}.json": metadata})
 
 
-def _write_onnx(program: torch.export.ExportedProgram, metadata: str, output: Path) -> None:
+def _write_onnx(program: torch.export.ExportedProgram, metadata: str, output: Path, weights: str) -> None:
     onnx_program = torch.onnx.export(
         program, dynamo=True, output_names=list(CANDIDATES), verbose=False, external_data=False
     )
@@ -114,16 +125,35 @@ def _write_onnx(program: torch.export.ExportedProgram, metadata: str, output: Pa
     height.dim_param, width.dim_param = "height", "width"
     for output_value in model.graph.output:
         output_value.type.tensor_type.shape.dim[0].dim_param = "candidates"
+    content = _with_int8_weights(model) if weights == "int8" else model.SerializeToString()
     with open_atomically(output) as file:
-        file.write(model.SerializeToString())
+        file.write(content)
     shutil.copyfile(CLIENT, output.with_name(CLIENT.name))
+
+
+def _with_int8_weights(model) -> bytes:
+    """Return the file of an ``onnx.ModelProto`` whose fully connected layers compute in int8.
+
+    Their inputs are scaled to 8 bits as they come, by their range: it takes no images to calibrate with. Not so
+    convolutions, which lose an AP and take longer (docs/export.md).
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        logging.disable(logging.WARNING)  # it asks for a preparation that is for static quantisation
+        try:
+            quantize_dynamic(model, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+        finally:
+            logging.disable(logging.NOTSET)
+        return path.read_bytes()
 
 
 # What writes a program, by the name of the format.
 FORMATS = {"onnx": _write_onnx, "torch": _write_torch}
 
 
-def _check_packages() -> None:
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+def _check_packages(names: Sequence[str]) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"ONNX needs the package {' and '.join(missing)}: pip install 'mnc_d2[export]'")

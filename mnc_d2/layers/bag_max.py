@@ -39,7 +39,11 @@ def bag_max(features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch
         return next(_sample(table, index, weight)).view(*index.shape[:2], table.shape[1]).to(features[0].dtype)
     result = features[0].new_empty(index.shape[0], index.shape[1], table.shape[1])
     for chunk in _chunks(result.shape, table):
-        result[chunk] = _largest(_sample(table, index[chunk], weight[chunk])).view_as(result[chunk])
+        samples, out = _sample(table, index[chunk], weight[chunk]), result[chunk].flatten(0, 1)
+        if out.dtype == table.dtype:
+            _largest(samples, out)
+        else:
+            out.copy_(_largest(samples))
     return result
 
 
@@ -166,11 +170,11 @@ def _sample(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> I
         yield F.embedding_bag(index[:, p], table, per_sample_weights=weight[:, p], mode="sum")
 
 
-def _largest(samples: Iterator[torch.Tensor]) -> torch.Tensor:
-    """The maximum, element by element, of tensors of one shape; it takes the memory of the first."""
+def _largest(samples: Iterator[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+    """The maximum, element by element, of two tensors of one shape or more; in ``out``, or the memory of the first."""
     best = next(samples)
     for others in samples:
-        torch.maximum(best, others, out=best)
+        best = torch.maximum(best, others, out=best if out is None else out)
     return best
 
 

@@ -1,0 +1,69 @@
+"""Training steps of two configs side by side, on the same images: MNC first, then for example Mask R-CNN.
+
+    python tests/benchmarks/training_step.py --config-file MNC.yaml --beside MASK_RCNN.yaml --dataset ... KEY VALUE ...
+
+takes the arguments of train_net.py, which hold for both. Both models begin with the weights of their configs, see the
+batches of the first one's loader, each as often, and are updated. One JSON line: seconds of a step (forward, backward,
+optimizer), the median over rounds of the mean over batches, and their ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from measure import median_seconds
+
+from mnc_d2.engine import MNCTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import train_net  # noqa: E402
+
+
+def make_steps(cfg: CfgNode, batches: list[list[dict]]) -> partial:
+    """Return a call that trains the model of a config on each of the batches once."""
+    seed_all_rng(cfg.SEED)
+    model = MNCTrainer.build_model(cfg).train()
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return partial(train_once, model, MNCTrainer.build_optimizer(cfg, model), batches)
+
+
+def train_once(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list[list[dict]]) -> None:
+    with EventStorage():
+        for inputs in batches:
+            optimizer.zero_grad()
+            sum(model(inputs).values()).backward()
+            optimizer.step()
+
+
+def main() -> None:
+    parser = train_net.argument_parser()
+    parser.add_argument("--beside", required=True, metavar="CONFIG", help="the second config")
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is printed")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cfg = train_net.build_config(options)
+    options.config_file, options.dataset = options.beside, []  # the datasets are registered
+    beside = train_net.build_config(options)
+    seed_all_rng(cfg.SEED)
+    batches = list(islice(MNCTrainer.build_train_loader(cfg), options.batches))
+    seconds = median_seconds(
+        {"first": make_steps(cfg, batches), "beside": make_steps(beside, batches)}, options.repeats
+    )
+    row = {"ratio": round(seconds["first"] / seconds["beside"], 3)}
+    row["seconds"] = {name: round(value / options.batches, 4) for name, value in seconds.items()}
+    print(json.dumps({**row, "threads": options.threads}))
+
+
+if __name__ == "__main__":
+    main()
