@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    # No pictures on the way, and as many classes as there are.
+    options.opts = [*options.opts, "VIS_PERIOD", "0", "MODEL.ROI_HEADS.NUM_CLASSES", "-1"]
     cfg = train_net.build_config(options)
     options.config_file, options.dataset = options.beside, []  # the datasets are registered
     beside = train_net.build_config(options)
