@@ -141,11 +141,12 @@ def _with_int8_weights(model) -> bytes:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
+        disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)  # it asks for a preparation that is for static quantisation
         try:
             quantize_dynamic(model, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
         return path.read_bytes()
 
 

@@ -35,8 +35,9 @@ def bag_max(features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch
         sums are the largest the first takes the gradient, as in PyTorch's max pooling.
     """
     table = _make_table(features, weight.dtype)
-    if index.shape[2] == 1:
-        return next(_sample(table, index, weight)).view(*index.shape[:2], table.shape[1]).to(features[0].dtype)
+    if index.shape[2] == 1 and features[0].dtype == table.dtype:
+        # There is nothing to compare: the sums are the result, without a copy.
+        return next(_sample(table, index, weight)).view(*index.shape[:2], table.shape[1])
     result = features[0].new_empty(index.shape[0], index.shape[1], table.shape[1])
     for chunk in _chunks(result.shape, table):
         samples, out = _sample(table, index[chunk], weight[chunk]), result[chunk].flatten(0, 1)

@@ -34,6 +34,7 @@ def attach_anchors(
         clipped = clip_boxes(boxes_of_image, proposal.image_size)
         # Equal logits alone may be a coincidence; of equal boxes with equal logits, NMS leaves one.
         same = proposal.objectness_logits[:, None] == logits_of_image.detach()  # (P, A)
+        # Comparing is faster where values lie side by side.
         for corner, anchor_corner in zip(proposal.proposal_boxes.tensor.T.contiguous(), clipped.T.contiguous()):
             same &= corner[:, None] == anchor_corner
         index = same.to(torch.uint8).argmax(dim=1)
