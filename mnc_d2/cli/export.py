@@ -20,7 +20,7 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint, such as model_final.pth")
     parser.add_argument("--config", help="of a checkpoint that does not say it itself: a file, or one of ours by name")
-    parser.add_argument("--format", required=True, choices=list(FORMATS))
+    parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="such as model.onnx, or model.pt2 of torch.export"
     )

@@ -26,6 +26,7 @@ METADATA_KEY = "mnc_d2"
 # The longest side of an image, in pixels.
 _MAX_SIDE = 2**14
 CLIENT = Path(__file__).with_name("client.py")
+FORMATS = ("onnx", "torch")
 # What the weights of fully connected layers may be stored as.
 WEIGHTS = ("float32", "int8")
 
@@ -68,7 +69,11 @@ def export_model(
     output.parent.mkdir(parents=True, exist_ok=True)
     network = CandidateNetwork(MNCPredictor(cfg).model).eval()
     metadata = json.dumps(describe(cfg, description, network))
-    FORMATS[format](trace(network), metadata, output, weights)
+    program = trace(network)
+    if format == "onnx":
+        _write_onnx(program, metadata, output, weights)
+    else:
+        _write_torch(program, metadata, output)
 
 
 def describe(cfg: CfgNode, description: ModelDescription, network: CandidateNetwork) -> dict:
@@ -108,8 +113,7 @@ def trace(network: CandidateNetwork) -> torch.export.ExportedProgram:
         return torch.export.export(network, (image,), dynamic_shapes=sizes)
 
 
-def _write_torch(program: torch.export.ExportedProgram, metadata: str, output: Path, weights: str) -> None:
-    del weights
+def _write_torch(program: torch.export.ExportedProgram, metadata: str, output: Path) -> None:
     with open_atomically(output) as file:
         torch.export.save(program, file, extra_files={f"{METADATA_KEY}.json": metadata})
 
@@ -148,10 +152,6 @@ def _with_int8_weights(model) -> bytes:
         finally:
             logging.disable(disabled)
         return path.read_bytes()
-
-
-# What writes a program, by the name of the format.
-FORMATS = {"onnx": _write_onnx, "torch": _write_torch}
 
 
 def _check_packages(names: Sequence[str]) -> None:

@@ -9,30 +9,35 @@ optimizer), the median over rounds of the mean over batches, and their ratio.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from measure import median_seconds
 
-from mnc_d2.engine import MNCTrainer
+from mnc_d2.checkpoint import MNCCheckpointer
+from mnc_d2.data import num_classes_from_datasets, prepare_dataset, register_coco_dataset
+from mnc_d2.engine import MNCTrainer, argument_parser
+from mnc_d2.model_zoo import load_config
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import train_net  # noqa: E402
+
+def build_config(path: str, options: argparse.Namespace) -> CfgNode:
+    """Return a config with the overrides of the command line, without pictures, for as many classes as there are."""
+    cfg = load_config(path, [*options.opts, "VIS_PERIOD", "0", "MODEL.ROI_HEADS.NUM_CLASSES", "-1"])
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes_from_datasets(cfg)
+    return cfg
 
 
 def make_steps(cfg: CfgNode, batches: list[list[dict]]) -> partial:
     """Return a call that trains the model of a config on each of the batches once."""
     seed_all_rng(cfg.SEED)
     model = MNCTrainer.build_model(cfg).train()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    MNCCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return partial(train_once, model, MNCTrainer.build_optimizer(cfg, model), batches)
 
 
@@ -45,18 +50,18 @@ def train_once(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches
 
 
 def main() -> None:
-    parser = train_net.argument_parser()
+    parser = argument_parser()
     parser.add_argument("--beside", required=True, metavar="CONFIG", help="the second config")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of which the median is printed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    # No pictures on the way, and as many classes as there are.
-    options.opts = [*options.opts, "VIS_PERIOD", "0", "MODEL.ROI_HEADS.NUM_CLASSES", "-1"]
-    cfg = train_net.build_config(options)
-    options.config_file, options.dataset = options.beside, []  # the datasets are registered
-    beside = train_net.build_config(options)
+    for dataset in options.dataset:
+        register_coco_dataset(*dataset)
+    cfg, beside = (build_config(path, options) for path in (options.config_file, options.beside))
+    for name in cfg.DATASETS.TRAIN:
+        prepare_dataset(name)
     seed_all_rng(cfg.SEED)
     batches = list(islice(MNCTrainer.build_train_loader(cfg), options.batches))
     seconds = median_seconds(
