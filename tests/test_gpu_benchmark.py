@@ -9,7 +9,7 @@ import torch
 from detectron2.structures import Boxes
 from devices import OnDevice
 
-from mnc_d2.layers import clip_boxes, tensor_on
+from mnc_d2.layers import clip_boxes, image_corners, tensor_on
 from mnc_d2.modeling import RoIWarpPooler
 from mnc_d2.modeling.roi_heads.mask_supervision import instance_mask_iou
 from mnc_d2.modeling.roi_heads.normalization import mean_over_images
@@ -103,7 +103,7 @@ def pool():
     [
         pool,
         lambda: mean_over_images(torch.ones(3), [1, 2]),
-        lambda: clip_boxes(torch.ones(3, 4), (10, 20)),
+        lambda: clip_boxes(torch.ones(3, 4), image_corners([(10, 20)], [3], torch.ones(3, 4))),
         lambda: instance_mask_iou(torch.ones(2, 4, 4) > 0, torch.ones(2, 4, 4), torch.ones(2, 4), torch.ones(2)),
     ],
     ids=["RoIWarpPooler", "mean_over_images", "clip_boxes", "instance_mask_iou"],

@@ -1,5 +1,6 @@
+from .border import clip_boxes, image_corners, image_of_each, inside_image
 from .device import tensor_on
-from .gradient import channels_last_gradient, clip_boxes, clip_gradient, inside_image, pass_gradient, scale_gradient
+from .gradient import channels_last_gradient, clip_gradient, pass_gradient, scale_gradient
 from .linear import LinearOfMaps
 from .pooling import max_pool, max_pool_images
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
@@ -13,6 +14,8 @@ __all__ = [
     "channels_last_gradient",
     "clip_boxes",
     "clip_gradient",
+    "image_corners",
+    "image_of_each",
     "inside_image",
     "max_pool",
     "max_pool_images",

@@ -1,4 +1,4 @@
-"""Identities in the forward pass that shape what flows back, and what is done at the image border."""
+"""Identities in the forward pass that shape what flows back."""
 
 import torch
 
@@ -49,33 +49,3 @@ def pass_gradient(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         where: bool, broadcastable to the shape of ``x``.
     """
     return torch.where(where, x, x.detach())
-
-
-def inside_image(boxes: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-    """Tell which boxes lie wholly in the image; those that touch its border do.
-
-    Args:
-        boxes: (..., 4), x1, y1, x2, y2 in image pixels.
-        image_size: (height, width).
-
-    Returns:
-        (..., 1), bool, as :func:`pass_gradient` takes it.
-    """
-    height, width = image_size
-    x1, y1, x2, y2 = boxes.detach().split(1, dim=-1)
-    return (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height)
-
-
-def clip_boxes(boxes: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-    """Clip boxes to the image, as Detectron2's ``Boxes.clip``, which also checks them: a GPU would be waited for.
-
-    Args:
-        boxes: (R, 4), x1, y1, x2, y2 in image pixels.
-        image_size: (height, width).
-
-    Returns:
-        (R, 4); NaN stays NaN. A coordinate that is clipped has no gradient.
-    """
-    height, width = image_size
-    x1, y1, x2, y2 = boxes.unbind(dim=1)
-    return torch.stack((x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)), dim=1)

@@ -127,19 +127,19 @@ def _bags(
     boxes = boxes.masked_fill(~has_image[:, None], torch.nan)
     batch = torch.where(has_image, batch, 0).long()
 
-    heights = tensor_on(device, [x.shape[2] for x in features])[levels]  # (R,)
-    widths = tensor_on(device, [x.shape[3] for x in features])[levels]
+    sizes = tensor_on(device, [[x.shape[3], x.shape[2]] for x in features])[levels]  # (R, 2), width and height
     scales = tensor_on(device, spatial_scales, boxes.dtype)[levels]
     first_rows = tensor_on(device, [0] + [images * x.shape[2] * x.shape[3] for x in features]).cumsum(0)
-    first_row = first_rows[levels] + batch * heights * widths
+    first_row = first_rows[levels] + batch * sizes.prod(dim=1)
 
     positions, reach = _SAMPLE_POSITIONS[sampling]
-    boxes = boxes * scales[:, None]
     pool = 2 if max_pool else 1
-    size = output_size * pool
-    y_index, y_weight = _bilinear_taps(positions(boxes[:, 1], boxes[:, 3], size), heights[:, None], reach)
-    x_index, x_weight = _bilinear_taps(positions(boxes[:, 0], boxes[:, 2], size), widths[:, None], reach)
-    y_index = y_index * widths[:, None, None] + first_row[:, None, None]
+    start, end = (boxes * scales[:, None]).split(2, dim=1)
+    # Along x and along y at once: on a GPU each operator takes its time to start.
+    indices, weights = _bilinear_taps(positions(start, end, output_size * pool), sizes, reach)
+    x_index, y_index = indices.unbind(dim=1)
+    x_weight, y_weight = weights.unbind(dim=1)
+    y_index = y_index * sizes[:, :1, None] + first_row[:, None, None]
 
     # Outer products of the taps along y and along x, (R, S, S, ...), of what is by sample of the bin and tap.
     by_sample_and_tap = (-1, output_size, pool, pool, 2, 2)
@@ -196,16 +196,16 @@ def _check_arguments(
 
 
 def _center_positions(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
-    """Centres of the bins that divide [start, end): (R, size), in feature pixels, 0 at the first pixel's centre."""
+    """Centres of the bins that divide [start, end): (R, 2, size), in feature pixels, 0 at the first pixel's centre."""
     steps = torch.arange(size, dtype=start.dtype, device=start.device) + 0.5
-    return start[:, None] + steps * ((end - start) / size)[:, None] - 0.5
+    return start[..., None] + steps * ((end - start) / size)[..., None] - 0.5
 
 
 def _caffe_positions(start: torch.Tensor, end: torch.Tensor, size: int) -> torch.Tensor:
-    """Left edges of the bins that divide [round(start), round(end)): (R, size), in feature pixels."""
+    """Left edges of the bins that divide [round(start), round(end)): (R, 2, size), in feature pixels."""
     start, end = _round_straight_through(start), _round_straight_through(end)
     steps = torch.arange(size, dtype=start.dtype, device=start.device)
-    return start[:, None] + steps * ((end - start).clamp(min=0) / size)[:, None]
+    return start[..., None] + steps * ((end - start).clamp(min=0) / size)[..., None]
 
 
 # Sample positions and how far outside the map a sample may lie before it is 0, by the name of the convention.
@@ -222,17 +222,17 @@ def _round_straight_through(x: torch.Tensor) -> torch.Tensor:
 
 
 def _bilinear_taps(position: torch.Tensor, size: torch.Tensor, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split positions along one axis into their two neighbouring pixels and the weights of these.
+    """Split positions along x and along y into their two neighbouring pixels and the weights of these.
 
     Args:
-        position: (R, S), in pixels.
-        size: (R, 1), number of pixels along the axis.
+        position: (R, 2, S), in pixels.
+        size: (R, 2), number of pixels along each axis.
         reach: positions further outside [0, size - 1] than this get weight 0.
 
     Returns:
-        indices (R, S, 2), int64, always valid; weights (R, S, 2), NaN where the position is.
+        indices (R, 2, S, 2), int64, always valid; weights (R, 2, S, 2), NaN where the position is.
     """
-    last = (size - 1).to(position)
+    last = (size - 1).to(position)[..., None]
     outside = (position < -reach) | (position > last + reach)
     clamped = torch.minimum(position.clamp(min=0), last)
     # The clamp after nan_to_num keeps NaN and infinite coordinates from reading out of bounds.

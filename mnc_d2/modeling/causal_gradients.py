@@ -79,10 +79,16 @@ class CausalGradients:
         return clip_gradient(deltas, self.delta_gradient_clip / max(num_images, 1))
 
     def at_border(
-        self, boxes: torch.Tensor, image_size: tuple[int, int], anchors: torch.Tensor | None = None
+        self, boxes: torch.Tensor, corners: torch.Tensor, anchors: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Boxes (R, 4), before they are clipped to the image, and the anchors (R, 4) that they come from, if any."""
+        """Boxes (R, 4), before they are clipped to their images.
+
+        Args:
+            boxes: (R, 4), in image pixels.
+            corners: (R, 4), of their images, see :func:`~mnc_d2.layers.image_corners`.
+            anchors: (R, 4), that the boxes come from, if any.
+        """
         if self.border_gradient:
             return boxes
-        inside = inside_image(boxes, image_size)
-        return pass_gradient(boxes, inside if anchors is None else inside & inside_image(anchors, image_size))
+        inside = inside_image(boxes, corners)
+        return pass_gradient(boxes, inside if anchors is None else inside & inside_image(anchors, corners))

@@ -8,7 +8,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
 from detectron2.structures import Boxes, Instances
 
-from ..layers import at_least_float32
+from ..layers import at_least_float32, clip_boxes, image_corners
 from .causal_gradients import CausalGradients
 from .roi_anchors import attach_anchors
 
@@ -34,9 +34,9 @@ class CausalRPN(RPN):
         """
         Args:
             gradients: whether and how proposals pass gradients; the defaults of :class:`CausalGradients` by default.
-                Without ``proposal_gradient`` this is Detectron2's RPN.
+                Without ``proposal_gradient`` and ``roi_anchor_loss`` this is Detectron2's RPN.
             roi_anchor_loss: whether proposals carry their anchors, for
-                :class:`~mnc_d2.modeling.roi_anchors.RoIAnchorLoss`.
+                :class:`~mnc_d2.modeling.roi_anchors.RoIAnchorLoss`, also without ``proposal_gradient``.
             min_score: objectness, a probability, under which proposals are left out at inference; 0 for none.
             min_proposals: so many, the best, stay whatever their objectness.
             kwargs: those of Detectron2's ``RPN``.
@@ -72,8 +72,8 @@ class CausalRPN(RPN):
             image_sizes: (height, width) of each image.
 
         Returns:
-            one Instances per image with ``proposal_boxes`` and ``objectness_logits``, highest first, and in training
-            what :func:`~mnc_d2.modeling.roi_anchors.attach_anchors` adds if ``roi_anchor_loss``.
+            one Instances per image with ``proposal_boxes`` and ``objectness_logits``, highest first, and in training,
+            unless this is Detectron2's RPN, what :func:`~mnc_d2.modeling.roi_anchors.attach_anchors` adds.
         """
         # Scores are compared in float32, whatever autocast made of them.
         pred_objectness_logits = [at_least_float32(x) for x in pred_objectness_logits]
@@ -86,16 +86,15 @@ class CausalRPN(RPN):
 
         # Only the best of each level can become proposals: no others are decoded.
         best = [x.topk(min(x.shape[1], self.pre_nms_topk[True]), dim=1).indices for x in pred_objectness_logits]
-        count = len(image_sizes)
-        image = torch.arange(count, device=best[0].device)[:, None]
-        logits = [x[image, i] for x, i in zip(pred_objectness_logits, best)]
-        deltas = torch.cat([x[image, i] for x, i in zip(pred_anchor_deltas, best)], dim=1)
-        # Decoded for all levels at once: on a GPU each operator takes its time to start.
+        logits = [x.gather(1, i) for x, i in zip(pred_objectness_logits, best)]
+        deltas = torch.cat(
+            [x.gather(1, i[..., None].expand(-1, -1, 4)) for x, i in zip(pred_anchor_deltas, best)], dim=1
+        )
         anchors = torch.cat([x.tensor[i] for x, i in zip(anchors, best)], dim=1)
-        decoded = self._decode(anchors, deltas if attached else deltas.detach(), image_sizes)
-        # Unlike Detectron2's RPN, not under no_grad: it gathers and clips the boxes differentiably.
-        selected = find_top_rpn_proposals(
-            decoded.split([x.shape[1] for x in best], dim=1),
+        boxes = self.box2box_transform.apply_deltas(deltas.detach().flatten(0, 1), anchors.flatten(0, 1))
+        boxes = boxes.view_as(anchors)
+        proposals = find_top_rpn_proposals(
+            boxes.split([x.shape[1] for x in best], dim=1),
             [x.detach() for x in logits],
             image_sizes,
             self.nms_thresh,
@@ -104,16 +103,20 @@ class CausalRPN(RPN):
             self.min_box_size,
             True,
         )
-        if self.roi_anchor_loss:
-            attach_anchors(selected, anchors, decoded, torch.cat(logits, dim=1), deltas)
-        return selected
+        attach_anchors(proposals, anchors, boxes, torch.cat(logits, dim=1), deltas)
+        if attached:
+            self._attach_boxes(proposals)
+        return proposals
 
-    def _decode(self, anchors: torch.Tensor, deltas: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
-        """The boxes of anchors (N, K, 4), before they are clipped to the images: (N, K, 4)."""
-        deltas = self.gradients.of_deltas(deltas, len(image_sizes))
-        boxes = self.box2box_transform.apply_deltas(deltas.flatten(0, 1), anchors.flatten(0, 1)).view_as(anchors)
-        per_image = zip(boxes, image_sizes, anchors)
-        return torch.stack([self.gradients.at_border(x, size, of_image) for x, size, of_image in per_image])
+    def _attach_boxes(self, proposals: list[Instances]) -> None:
+        """Compute the boxes of proposals again from their anchors and deltas, so that they pass gradients to these."""
+        counts = [len(x) for x in proposals]
+        anchors, deltas = (torch.cat([x.get(name) for x in proposals]) for name in ("anchor_boxes", "anchor_deltas"))
+        corners = image_corners([x.image_size for x in proposals], counts, anchors)
+        boxes = self.box2box_transform.apply_deltas(self.gradients.of_deltas(deltas, len(proposals)), anchors)
+        boxes = clip_boxes(self.gradients.at_border(boxes, corners, anchors), corners)
+        for proposal, of_image in zip(proposals, boxes.split(counts)):
+            proposal.proposal_boxes = Boxes(of_image)
 
     def find_promising(self, logits: torch.Tensor) -> torch.Tensor:
         """Which proposals, given their objectness (R,), highest first, go on to the cascade: (R,), bool."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
@@ -10,7 +12,7 @@ from detectron2.structures import Instances
 from fvcore.nn import smooth_l1_loss
 from torch import nn
 
-from ..layers import clip_boxes, inside_image
+from ..layers import clip_boxes, image_corners, inside_image
 
 
 def attach_anchors(
@@ -28,19 +30,30 @@ def attach_anchors(
         anchors, boxes, logits, deltas: (N, A, 4), (N, A, 4), (N, A), (N, A, 4): the anchors that proposals were chosen
             from, their decoded boxes, and what is predicted for them.
     """
-    for proposal, anchors_of_image, boxes_of_image, logits_of_image, deltas_of_image in zip(
-        proposals, anchors, boxes.detach(), logits, deltas
-    ):
-        clipped = clip_boxes(boxes_of_image, proposal.image_size)
-        # Equal logits alone may be a coincidence; of equal boxes with equal logits, NMS leaves one.
-        same = proposal.objectness_logits[:, None] == logits_of_image.detach()  # (P, A)
-        # Comparing is faster where values lie side by side.
-        for corner, anchor_corner in zip(proposal.proposal_boxes.tensor.T.contiguous(), clipped.T.contiguous()):
-            same &= corner[:, None] == anchor_corner
-        index = same.to(torch.uint8).argmax(dim=1)
-        proposal.anchor_boxes = anchors_of_image[index]
-        proposal.anchor_logits = logits_of_image[index]
-        proposal.anchor_deltas = deltas_of_image[index]
+    count, counts = logits.shape[1], [len(x) for x in proposals]
+    sizes = [x.image_size for x in proposals]
+    corners = image_corners(sizes, [count] * len(sizes), boxes)
+    clipped = clip_boxes(boxes.detach().flatten(0, 1), corners).view_as(boxes)
+    # Chosen from those of all images at once: on a GPU each operator takes its time to start.
+    index = torch.cat(
+        [
+            _find(proposal, *of_image) + number * count
+            for number, (proposal, *of_image) in enumerate(zip(proposals, clipped, logits.detach()))
+        ]
+    )
+    chosen = (x.flatten(0, 1).index_select(0, index).split(counts) for x in (anchors, logits, deltas))
+    for proposal, *of_image in zip(proposals, *chosen):
+        proposal.anchor_boxes, proposal.anchor_logits, proposal.anchor_deltas = of_image
+
+
+def _find(proposal: Instances, boxes: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Which of A boxes (A, 4) with their logits (A,) became each proposal of an image: (P,), int64."""
+    # Equal logits alone may be a coincidence; of equal boxes with equal logits, NMS leaves one.
+    same = proposal.objectness_logits[:, None] == logits  # (P, A)
+    # Comparing is faster where values lie side by side.
+    for coordinate, of_boxes in zip(proposal.proposal_boxes.tensor.T.contiguous(), boxes.T.contiguous()):
+        same &= coordinate[:, None] == of_boxes
+    return same.to(torch.uint8).argmax(dim=1)
 
 
 class RoIAnchorLoss(nn.Module):
@@ -84,24 +97,26 @@ class RoIAnchorLoss(nn.Module):
         Returns:
             scalars ``loss_rpn_roi_cls`` and ``loss_rpn_roi_loc``.
         """
-        classification, regression = [], []
-        for proposal, rois in zip(proposals, sampled):
-            # Indexing by positions, not by masks: where a mask is true has to be read back from a GPU every time.
-            rois = rois[(rois.proposal_index < len(proposal)).nonzero().squeeze(1)]
-            index = rois.proposal_index
-            anchors = proposal.anchor_boxes[index]
-            inside = inside_image(anchors, proposal.image_size).squeeze(1)
-            foreground = rois.gt_classes < num_classes
-            losses = F.binary_cross_entropy_with_logits(
-                proposal.anchor_logits[index], foreground.to(anchors), reduction="none"
-            )
-            classification.append((losses * inside).sum())
-            chosen = (foreground & inside).nonzero().squeeze(1)
-            targets = self.box2box_transform.get_deltas(anchors[chosen], rois.gt_boxes.tensor[chosen])
-            deltas = proposal.anchor_deltas[index[chosen]]
-            regression.append(smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta, reduction="sum"))
+        counts = [len(x) for x in sampled]
+        # Of proposals of all images at once: on a GPU each operator takes its time to start.
+        firsts = accumulate((len(x) for x in proposals), initial=0)
+        has_anchor = torch.cat([x.proposal_index < len(proposal) for x, proposal in zip(sampled, proposals)])
+        known = has_anchor.nonzero().squeeze(1)
+        index = torch.cat([x.proposal_index + first for x, first in zip(sampled, firsts)])[known]
+        anchors, logits, deltas = (
+            torch.cat([x.get(name) for x in proposals]).index_select(0, index)
+            for name in ("anchor_boxes", "anchor_logits", "anchor_deltas")
+        )
+        corners = image_corners([x.image_size for x in proposals], counts, anchors)[known]
+        inside = inside_image(anchors, corners).squeeze(1)
+        is_foreground = torch.cat([x.gt_classes for x in sampled])[known] < num_classes
+        classification = F.binary_cross_entropy_with_logits(logits, is_foreground.to(logits), reduction="none")
+        chosen = (is_foreground & inside).nonzero().squeeze(1)
+        gt_boxes = torch.cat([x.gt_boxes.tensor for x in sampled])[known[chosen]]
+        targets = self.box2box_transform.get_deltas(anchors[chosen], gt_boxes)
+        regression = smooth_l1_loss(deltas.index_select(0, chosen), targets, beta=self.smooth_l1_beta, reduction="sum")
         normalizer = self.batch_size_per_image * max(len(proposals), 1)
         return {
-            "loss_rpn_roi_cls": sum(classification) / normalizer,
-            "loss_rpn_roi_loc": sum(regression) / normalizer,
+            "loss_rpn_roi_cls": (classification * inside).sum() / normalizer,
+            "loss_rpn_roi_loc": regression / normalizer,
         }

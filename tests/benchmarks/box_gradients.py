@@ -6,19 +6,26 @@ takes the arguments of train_net.py. For the foreground RoIs of batches of the t
 with an instance, without the ground-truth boxes themselves) it prints, by pass and by loss, the share whose IoU rises
 after a step along the negative gradient, of 2 % of the box and of a tenth of that, and the mean cosine between that
 direction and the way to the object; for all losses together also by the IoU of the RoI. RoIs without gradient are left
-out. The gradients are those before MODEL.MNC.DELTA_GRADIENT_CLIP.
+out.
+
+The gradients of single losses, and of "all later", their sum, are those with respect to the coordinates of the box:
+what later stages would do with it, before MODEL.MNC.DELTA_GRADIENT_CLIP. "All" is where training moves the box: the
+gradient of all losses with respect to the deltas that the box was decoded from, its own regression loss and the clip
+included. Of the RPN's own losses this has that of the anchors behind RoIs (MODEL.MNC.ROI_ANCHOR_LOSS).
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -26,6 +33,7 @@ from tabulate import tabulate
 
 from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.engine import MNCTrainer
+from mnc_d2.modeling.roi_heads.output_layers import Predictions
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train_net  # noqa: E402
@@ -55,31 +63,73 @@ def measure(boxes: torch.Tensor, gradient: torch.Tensor, gt_boxes: torch.Tensor)
     return torch.stack((*((x > before).float() for x in after), cosine, before), dim=1)
 
 
+class Capture:
+    """What a training step makes its boxes of, by pass: boxes, and the deltas that they were decoded from."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.boxes: list[list[torch.Tensor]] = []  # of each pass, by image
+        self.proposals: list[Instances] = []
+        self.predictions: list[Predictions] = []  # of each pass
+        heads = model.roi_heads
+        predictor = heads.heads_of(0).classifier.predictor
+        self.decode_anchors = model.proposal_generator.box2box_transform.apply_deltas
+        self.regress_boxes, self.num_classes = predictor.regress_boxes, heads.num_classes
+        self.hooks = [
+            heads.register_forward_pre_hook(lambda module, args: setattr(self, "proposals", args[2])),
+            heads.pooler.register_forward_pre_hook(lambda module, args: self.boxes.append([x.tensor for x in args[1]])),
+        ]
+        for of_pass in heads.passes:
+            hook = of_pass.classifier.predictor.register_forward_hook(
+                lambda module, args, output: self.predictions.append(output)
+            )
+            self.hooks.append(hook)
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def decoders(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor], Callable]]:
+        """For each pass, its boxes by image, the deltas behind them, and the function that decodes all of these."""
+        boxes = [x.proposal_boxes.tensor for x in self.proposals]
+        anchors = torch.cat([x.anchor_boxes for x in self.proposals])
+        yield boxes, [x.anchor_deltas for x in self.proposals], partial(self.decode_anchors, boxes=anchors)
+        for boxes, next_boxes, predictions in zip(self.boxes, self.boxes[1:], self.predictions):
+            classes = predictions.seg_cls_logits[:, : self.num_classes].detach().argmax(dim=1)
+            start = torch.cat(boxes).detach()
+            # Without the ground-truth boxes that may have been appended.
+            next_boxes = [x[: len(y)] for x, y in zip(next_boxes, boxes)]
+            yield next_boxes, [predictions.deltas], partial(self.regress_boxes, start, classes=classes)
+
+
 def measure_batch(model: torch.nn.Module, inputs: list[dict]) -> dict[tuple[int, str], torch.Tensor]:
-    """What :func:`measure` returns by pass, from 1, and name of the loss without its stage; "all" for their sum."""
-    boxes_of_pass = []
-    hook = model.roi_heads.pooler.register_forward_pre_hook(
-        lambda module, args: boxes_of_pass.append([x.tensor for x in args[1]])
-    )
+    """What :func:`measure` returns by pass, from 1, and name of the loss without its stage; and "all"."""
+    capture = Capture(model)
     with EventStorage():
         losses = model(inputs)
-    hook.remove()
-    boxes_of_pass = [boxes for boxes in boxes_of_pass if boxes[0].requires_grad]
-    losses = {name: loss for name, loss in losses.items() if "rpn" not in name}
-    losses["all"] = sum(losses.values())
+    capture.remove()
+    targets = [x["instances"].gt_boxes for x in inputs]
     results = defaultdict(list)
-    for number, boxes in enumerate(boxes_of_pass, start=1):
-        targets = [x["instances"].gt_boxes for x in inputs]
+
+    def add(key: tuple[int, str], boxes: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+        for box, gradient, target in zip(boxes, gradients, targets):
+            if gradient is not None and len(target):
+                matched = pairwise_iou(target, Boxes(box.detach())).argmax(dim=0)
+                results[key].append(measure(box.detach(), gradient, target.tensor[matched]))
+
+    for number, (boxes, deltas, decode) in enumerate(capture.decoders(), start=1):
+        gradients = torch.autograd.grad(sum(losses.values()), deltas, retain_graph=True)
+        decoded, change = torch.func.jvp(decode, (torch.cat(deltas).detach(),), (torch.cat(gradients),))
+        # Not those that were clipped to the image: where they move is another matter.
+        change = change * ((decoded - torch.cat(boxes).detach()).abs() < 1e-3).all(dim=1, keepdim=True)
+        add((number, "all"), boxes, change.split([len(x) for x in boxes]))
+    losses = {name: loss for name, loss in losses.items() if "rpn" not in name}
+    losses["all later"] = sum(losses.values())
+    for number, boxes in enumerate(capture.boxes, start=1):
         for name, loss in losses.items():
             stage = name.rsplit("_s", 1)
-            if name != "all" and int(stage[1]) not in (2 * number, 2 * number + 1):
-                continue
-            gradients = torch.autograd.grad(loss, boxes, retain_graph=True, allow_unused=True)
-            for box, gradient, target in zip(boxes, gradients, targets):
-                if gradient is None or len(target) == 0:
-                    continue
-                matched = pairwise_iou(target, Boxes(box.detach())).argmax(dim=0)
-                results[number, stage[0]].append(measure(box.detach(), gradient, target.tensor[matched]))
+            if name == "all later" or int(stage[1]) in (2 * number, 2 * number + 1):
+                gradients = torch.autograd.grad(loss, boxes, retain_graph=True, allow_unused=True)
+                add((number, stage[0]), boxes, gradients)
     return {key: torch.cat(values) for key, values in results.items()}
 
 
@@ -87,6 +137,7 @@ def main() -> None:
     cfg = train_net.build_config(train_net.argument_parser().parse_args())
     seed_all_rng(cfg.SEED)
     model = MNCTrainer.build_model(cfg)
+    model.vis_period = 0  # pictures would run the cascade once more
     MNCCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     totals = defaultdict(list)
     for inputs in islice(iter(MNCTrainer.build_train_loader(cfg)), NUM_BATCHES):
@@ -96,7 +147,7 @@ def main() -> None:
     for (number, name), values in sorted(totals.items()):
         values = torch.cat(values)
         rows.append([number, name, "0.5 to 1", len(values), *values.mean(dim=0)[:-1].tolist()])
-        if name != "all":
+        if not name.startswith("all"):
             continue
         for low, high in IOU_RANGES:
             part = values[(values[:, -1] >= low) & (values[:, -1] < high)]

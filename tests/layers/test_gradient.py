@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from detectron2.structures import Boxes
 
-from mnc_d2.layers import channels_last_gradient, clip_boxes, clip_gradient, pass_gradient
+from mnc_d2.layers import channels_last_gradient, clip_gradient, pass_gradient
 
 GRADIENT = torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0])
 
@@ -62,26 +61,3 @@ def test_a_gradient_lies_in_memory_as_its_tensor(memory_format):
     for gradient in (*gradients, of_view):
         assert gradient.is_contiguous(memory_format=memory_format)
         assert torch.equal(gradient, factors.view(1, 3, 4, 5).expand(2, -1, -1, -1))
-
-
-def test_boxes_are_clipped_as_by_detectron2_with_the_same_gradient():
-    # Inside, on the border, across it on each side, outside.
-    rows = [[1, 2, 8, 9], [0, 0, 20, 10], [-3, 2, 25, 9], [1, -2, 8, 14], [30, 40, 35, 50], [-9, -9, -2, -1]]
-    results = []
-    for clip in (lambda x: clip_boxes(x, (10, 20)), clip_by_detectron2):
-        boxes = torch.tensor(rows, dtype=torch.float32, requires_grad=True)
-        clipped = clip(boxes)
-        clipped.backward(torch.arange(24.0).view(6, 4))
-        results.append((clipped, boxes.grad))
-    assert all(torch.equal(x, y) for x, y in zip(*results))
-
-
-def clip_by_detectron2(x):
-    boxes = Boxes(x)
-    boxes.clip((10, 20))
-    return boxes.tensor
-
-
-def test_clipped_boxes_that_are_not_a_number_stay_so():
-    ((x1, *rest),) = clip_boxes(torch.tensor([[float("nan"), 2.0, 30.0, 9.0]]), (10, 20)).tolist()
-    assert x1 != x1 and rest == [2, 20, 9]

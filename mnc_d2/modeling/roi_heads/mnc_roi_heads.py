@@ -13,7 +13,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from ...layers import clip_boxes
+from ...layers import clip_boxes, image_corners
 from ..causal_gradients import CausalGradients
 from ..poolers import CascadePooler, RoIWarpPooler
 from ..roi_anchors import RoIAnchorLoss
@@ -337,10 +337,9 @@ class MNCROIHeads(ROIHeads):
         regressed = torch.where(regressed.isfinite(), regressed, boxes.detach())
         if not self.gradients.box_gradient:
             regressed = regressed.detach()
-        next_boxes = []
-        for boxes, size in zip(output.split(regressed), output.image_sizes):
-            next_boxes.append(Boxes(clip_boxes(self.gradients.at_border(boxes, size), size)))
-        return next_boxes
+        corners = image_corners(output.image_sizes, [len(x) for x in output.boxes], regressed)
+        clipped = clip_boxes(self.gradients.at_border(regressed, corners), corners)
+        return [Boxes(x) for x in output.split(clipped)]
 
     def detect(
         self, features: dict[str, torch.Tensor], proposals: list[Instances], outputs: Sequence[str] = ("instances",)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...layers import tensor_on
+from ...layers import image_of_each, tensor_on
 
 
 def mean_over_images(losses: torch.Tensor, counts: Sequence[int], where: torch.Tensor | None = None) -> torch.Tensor:
@@ -16,15 +16,17 @@ def mean_over_images(losses: torch.Tensor, counts: Sequence[int], where: torch.T
     however they are divided into batches and processes. The authors' batches are single images.
 
     Args:
-        losses: (R,), of the RoIs of all images, one image after another.
+        losses: (..., R), of the RoIs of all images, one image after another.
         counts: number of RoIs of each image; R in all.
         where: (R,), bool, which RoIs to average over; all by default.
 
     Returns:
-        scalar, dtype of ``losses``; 0 for no image.
+        (...), dtype of ``losses``; 0 for no image.
     """
-    where = torch.ones_like(losses) if where is None else where.to(losses)
-    image = torch.repeat_interleave(tensor_on(losses.device, counts, torch.int64), output_size=len(losses))
-    zeros = losses.new_zeros(len(counts))
-    sums, numbers = zeros.index_add(0, image, losses * where), zeros.index_add(0, image, where)
-    return (sums / numbers.clamp(min=1)).sum() / max(len(counts), 1)
+    image = image_of_each(counts, losses.device)
+    numbers = tensor_on(losses.device, counts, losses.dtype)
+    if where is not None:
+        where = where.to(losses)
+        numbers = torch.zeros_like(numbers).index_add(0, image, where)
+    shares = (1 / (numbers.clamp(min=1) * max(len(counts), 1)))[image]
+    return (losses * (shares if where is None else shares * where)).sum(dim=-1)

@@ -84,7 +84,8 @@ class MNCOutputLayers(FastRCNNOutputLayers):
             "loss_seg_cls": F.cross_entropy(seg_cls_logits, gt_seg_classes, reduction="none"),
             "loss_box_reg": self._box_losses(boxes if moving_targets else boxes.detach(), gt_boxes, deltas, gt_classes),
         }
-        return {name: mean_over_images(loss, counts) * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+        means = mean_over_images(torch.stack(list(losses.values())), counts)
+        return {name: mean * self.loss_weight.get(name, 1.0) for name, mean in zip(losses, means.unbind())}
 
     def _box_losses(
         self, boxes: torch.Tensor, gt_boxes: torch.Tensor, deltas: torch.Tensor, classes: torch.Tensor
