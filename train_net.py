@@ -23,76 +23,20 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.nn import Identity
 
-from mnc_d2.checkpoint import CompleteCheckpointer, MNCCheckpointer
-from mnc_d2.config import check_config
-from mnc_d2.data import check_mask_proposals, num_classes_from_datasets, prepare_dataset, register_coco_dataset
+from mnc_d2.checkpoint import CompleteCheckpointer
 from mnc_d2.engine import (
     MNCTrainer,
     argument_parser,
-    check_device,
-    check_folder,
-    check_solver,
-    count_processes,
+    build_config,
+    find_mistake,
     leave_process_group,
     one_sentence,
     run_processes,
     train,
 )
-from mnc_d2.evaluation import evaluation_protocol, summarize
-from mnc_d2.model_zoo import get_config_file, load_config
-
-
-def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:
-    """Register the datasets and return the frozen config of a run, checked as far as that is possible beforehand.
-
-    Args:
-        args: the command line.
-        check_files: whether to read the header of every image; one process of each machine does.
-
-    Raises:
-        ValueError, FileNotFoundError: a dataset, the config file or a key is wrong; the message says which.
-    """
-    cfg = load_config(args.config_file, args.opts)
-    weights = cfg.MODEL.WEIGHTS
-    if args.eval_only and not args.resume and not weights:
-        raise ValueError("There is nothing to evaluate: add MODEL.WEIGHTS and the path of a checkpoint, or --resume.")
-    if weights and "://" not in weights and not args.resume and not os.path.isfile(weights):
-        raise FileNotFoundError(f"The checkpoint MODEL.WEIGHTS {weights} does not exist.")
-    for dataset in args.dataset:
-        register_coco_dataset(*dataset, check_files=check_files)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes_from_datasets(cfg)
-    num_processes, num_local_processes = count_processes(args)
-    check_device(cfg, num_local_processes)
-    for name in cfg.DATASETS.TEST:
-        evaluation_protocol(cfg, name)
-    check_config(cfg)
-    if not args.eval_only:
-        if not cfg.DATASETS.TRAIN:
-            raise ValueError("DATASETS.TRAIN is empty: there is nothing to train on.")
-        check_solver(cfg, num_processes)
-    elif args.resume and not weights and not MNCCheckpointer(Identity(), cfg.OUTPUT_DIR).has_checkpoint():
-        raise ValueError(f"There is nothing to evaluate: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint.")
-    cfg.freeze()
-    return cfg
-
-
-def find_mistake(args: argparse.Namespace) -> str | None:
-    """Return what is wrong with the input of a run, in one sentence, or None; draw the shapes if they are used."""
-    first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        cfg = build_config(args, check_files=first_of_machine)
-        names = (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
-        for name in names:
-            prepare_dataset(name)
-        if cfg.DATASETS.MASK_PROPOSALS and first_of_machine:
-            check_mask_proposals(cfg.DATASETS.MASK_PROPOSALS, names)
-        if not args.eval_only and first_of_machine:
-            check_folder(cfg.OUTPUT_DIR, args.resume)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
+from mnc_d2.evaluation import summarize
+from mnc_d2.model_zoo import get_config_file
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """Training, evaluation and the processes that they run in."""
 
+from .command_line import argument_parser, build_config, find_mistake
 from .folder import check_folder, lock_folder
 from .launch import (
-    argument_parser,
     check_device,
     count_processes,
     join_torchrun,
@@ -22,10 +22,12 @@ __all__ = [
     "ScaleGradientClip",
     "argument_parser",
     "autocast_dtype",
+    "build_config",
     "check_device",
     "check_folder",
     "check_solver",
     "count_processes",
+    "find_mistake",
     "join_torchrun",
     "leave_process_group",
     "lock_folder",

@@ -1,4 +1,4 @@
-"""The command line and the processes of a run, started by Detectron2's launcher or by torchrun."""
+"""The processes of a run, started by Detectron2's launcher or by torchrun."""
 
 from __future__ import annotations
 
@@ -16,51 +16,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, launch
+from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
-
-EPILOG = """
-several processes:
-  %(prog)s --num-gpus 8 ...
-      8 GPUs of this machine, a process each. On a machine without GPUs: 8 processes on the CPU, which talk over gloo.
-  %(prog)s --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT ...
-      the same on two machines; the other one has --machine-rank 1.
-  torchrun --nproc_per_node 8 %(prog)s ...
-  torchrun --nproc_per_node 8 --nnodes 2 --node_rank 0 --master_addr HOST --master_port PORT %(prog)s ...
-      either, started by torchrun.
-
-SOLVER.IMS_PER_BATCH is the number of images of all processes together, SOLVER.ACCUMULATE that of batches to one step of
-the optimizer.
-"""
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Return Detectron2's parser with --dataset and --dist-timeout added."""
-    parser = default_argument_parser(epilog=EPILOG)
-    parser.add_argument(
-        "--dataset",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "ANNOTATIONS.json", "IMAGE_ROOT"),
-        help="register a dataset in COCO format under NAME, for DATASETS.TRAIN and DATASETS.TEST; repeatable",
-    )
-    parser.add_argument(
-        "--dist-timeout",
-        type=_seconds,
-        default=1800,
-        metavar="SECONDS",
-        help="of several processes, how long one waits for the others before the run ends (default 30 minutes)",
-    )
-    return parser
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e8:
-        raise argparse.ArgumentTypeError(f"must be positive, and less than three years, got {text}")
-    return value
 
 
 def run_processes(
@@ -73,7 +31,7 @@ def run_processes(
     Args:
         main: what each process runs, after it has joined the others; it parts from them by
             :func:`leave_process_group`.
-        args: what :func:`argument_parser` returns; given to ``main`` and ``find_mistake``.
+        args: what :func:`~mnc_d2.engine.argument_parser` returns; given to ``main`` and ``find_mistake``.
         find_mistake: returns what is wrong, in one sentence, or None. It runs before processes are started, or in each
             of those that torchrun started.
     """

@@ -16,12 +16,10 @@ included. Of the RPN's own losses this has that of the anchors behind RoIs (MODE
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +30,8 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 from mnc_d2.checkpoint import MNCCheckpointer
-from mnc_d2.engine import MNCTrainer
+from mnc_d2.engine import MNCTrainer, argument_parser, build_config
 from mnc_d2.modeling.roi_heads.output_layers import Predictions
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import train_net  # noqa: E402
 
 STEPS = (0.02, 0.002)
 NUM_BATCHES = 12
@@ -134,7 +129,7 @@ def measure_batch(model: torch.nn.Module, inputs: list[dict]) -> dict[tuple[int,
 
 
 def main() -> None:
-    cfg = train_net.build_config(train_net.argument_parser().parse_args())
+    cfg = build_config(argument_parser().parse_args())
     seed_all_rng(cfg.SEED)
     model = MNCTrainer.build_model(cfg)
     model.vis_period = 0  # pictures would run the cascade once more

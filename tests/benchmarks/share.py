@@ -6,17 +6,12 @@ takes the arguments of train_net.py, and runs the first pass on the first datase
 """
 
 import json
-import sys
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 
 from mnc_d2.checkpoint import MNCCheckpointer
-from mnc_d2.engine import MNCTrainer
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import train_net  # noqa: E402
+from mnc_d2.engine import MNCTrainer, argument_parser, build_config
 
 MIN_SCORES = (0.01, 0.02, 0.05)
 
@@ -31,7 +26,7 @@ def first_pass_scores(model: torch.nn.Module, cfg: CfgNode) -> torch.Tensor:
 
 
 def main() -> None:
-    cfg = train_net.build_config(train_net.argument_parser().parse_args()).clone()
+    cfg = build_config(argument_parser().parse_args()).clone()
     cfg.defrost()
     cfg.MODEL.MNC.NUM_PASSES_TEST = 1
     model = MNCTrainer.build_model(cfg).eval()
