@@ -130,7 +130,8 @@ def _bags(
     sizes = tensor_on(device, [[x.shape[3], x.shape[2]] for x in features])[levels]  # (R, 2), width and height
     scales = tensor_on(device, spatial_scales, boxes.dtype)[levels]
     first_rows = tensor_on(device, [0] + [images * x.shape[2] * x.shape[3] for x in features]).cumsum(0)
-    first_row = first_rows[levels] + batch * sizes.prod(dim=1)
+    widths, heights = sizes.unbind(dim=1)
+    first_row = first_rows[levels] + batch * heights * widths
 
     positions, reach = _SAMPLE_POSITIONS[sampling]
     pool = 2 if max_pool else 1
@@ -139,7 +140,7 @@ def _bags(
     indices, weights = _bilinear_taps(positions(start, end, output_size * pool), sizes, reach)
     x_index, y_index = indices.unbind(dim=1)
     x_weight, y_weight = weights.unbind(dim=1)
-    y_index = y_index * sizes[:, :1, None] + first_row[:, None, None]
+    y_index = y_index * widths[:, None, None] + first_row[:, None, None]
 
     # Outer products of the taps along y and along x, (R, S, S, ...), of what is by sample of the bin and tap.
     by_sample_and_tap = (-1, output_size, pool, pool, 2, 2)
