@@ -120,7 +120,8 @@ def measure_batch(model: torch.nn.Module, inputs: list[dict]) -> dict[tuple[int,
     losses = {name: loss for name, loss in losses.items() if "rpn" not in name}
     losses["all later"] = sum(losses.values())
     for number, boxes in enumerate(capture.boxes, start=1):
-        for name, loss in losses.items():
+        # Without the gradient of proposals or boxes (step-wise training) nothing comes through coordinates.
+        for name, loss in losses.items() if boxes[0].requires_grad else ():
             stage = name.rsplit("_s", 1)
             if name == "all later" or int(stage[1]) in (2 * number, 2 * number + 1):
                 gradients = torch.autograd.grad(loss, boxes, retain_graph=True, allow_unused=True)
