@@ -37,10 +37,13 @@ def bag_max(features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch
     table = _make_table(features, weight.dtype)
     if index.shape[2] == 1 and features[0].dtype == table.dtype:
         # There is nothing to compare: the sums are the result, without a copy.
-        return next(_sample(table, index, weight)).view(*index.shape[:2], table.shape[1])
-    result = features[0].new_empty(index.shape[0], index.shape[1], table.shape[1])
+        sums = next(_sample(table, _by_sample(index), _by_sample(weight)))
+        return sums.view(*index.shape[:2], table.shape[1])
+    result = features[0].new_empty(*index.shape[:2], table.shape[1])
+    # As 32-bit integers, which are enough for any number of pixels, the copy is half as large.
+    index, weight = _by_sample(index.int()), _by_sample(weight)
     for chunk in _chunks(result.shape, table):
-        samples, out = _sample(table, index[chunk], weight[chunk]), result[chunk].flatten(0, 1)
+        samples, out = _sample(table, index[:, chunk], weight[:, chunk]), result[chunk].flatten(0, 1)
         if out.dtype == table.dtype:
             _largest(samples, out)
         else:
@@ -78,16 +81,16 @@ def bag_max_backward(
     table = _make_table(features, weight.dtype)
     table_gradient = torch.zeros_like(table if needed[0] else table[:0])
     weight_gradient = torch.empty_like(weight if needed[1] else weight[:0])
+    index, weight = _by_sample(index), _by_sample(weight)
     for chunk in _chunks(gradient.shape, table):
-        routed = _route_to_largest(gradient[chunk].flatten(0, 1).to(table), table, index[chunk], weight[chunk])
-        # From here on the samples are in the order (p, r, b), as they are in `routed`: (P * n, C).
-        chunk_index, chunk_weight = (x.permute(2, 0, 1, 3).flatten(0, 2) for x in (index[chunk], weight[chunk]))
+        chunk_index, chunk_weight = index[:, chunk], weight[:, chunk]
+        # The samples are in the order (p, r, b): (P * n, C).
+        routed = _route_to_largest(gradient[chunk].flatten(0, 1).to(table), table, chunk_index, chunk_weight)
         if needed[0]:
-            _add_table_gradient(table_gradient, routed, chunk_index, chunk_weight)
+            _add_table_gradient(table_gradient, routed, chunk_index.flatten(0, 2), chunk_weight.flatten(0, 2))
         if needed[1]:
-            products = _weight_gradient(routed, table, chunk_index)
-            r, b, p, t = weight[chunk].shape
-            weight_gradient[chunk] = products.view(p, r, b, t).permute(1, 2, 0, 3)
+            products = _weight_gradient(routed, table, chunk_index.flatten(0, 2))
+            weight_gradient[chunk] = products.view_as(chunk_index).permute(1, 2, 0, 3)
     return table_gradient, weight_gradient
 
 
@@ -157,6 +160,11 @@ def _make_table(features: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.T
     return table
 
 
+def _by_sample(x: torch.Tensor) -> torch.Tensor:
+    """(R, B, P, T) as (P, R, B, T), contiguous: what belongs to one sample of some boxes lies side by side."""
+    return x.permute(2, 0, 1, 3).contiguous()
+
+
 def _chunks(shape: torch.Size, table: torch.Tensor) -> list[slice]:
     """Cut the boxes into runs of which a result of this shape, (R, B, C), has about the size of a chunk."""
     chunk_bytes = _CHUNK_BYTES_CPU if table.device.type == "cpu" else _CHUNK_BYTES_GPU
@@ -165,10 +173,9 @@ def _chunks(shape: torch.Size, table: torch.Tensor) -> list[slice]:
 
 
 def _sample(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The P weighted sums of index and weight (r, b, P, T), one after another: each (r * b, C)."""
-    index, weight = index.flatten(0, 1), weight.flatten(0, 1)
-    for p in range(index.shape[1]):
-        yield F.embedding_bag(index[:, p], table, per_sample_weights=weight[:, p], mode="sum")
+    """The P weighted sums of index and weight (P, r, b, T), one after another: each (r * b, C)."""
+    for i, w in zip(index, weight):
+        yield F.embedding_bag(i.flatten(0, 1), table, per_sample_weights=w.flatten(0, 1), mode="sum")
 
 
 def _largest(samples: Iterator[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
@@ -182,12 +189,15 @@ def _largest(samples: Iterator[torch.Tensor], out: torch.Tensor | None = None) -
 def _route_to_largest(
     gradient: torch.Tensor, table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Give the gradient (n, C) of a maximum to the first of the P samples that attain it: (P * n, C), 0 elsewhere."""
-    if index.shape[2] == 1:
+    """Give the gradient (n, C) of a maximum to the first of the P samples that attain it: (P * n, C), 0 elsewhere.
+
+    Index and weight are those of :func:`_sample`.
+    """
+    if len(index) == 1:
         return gradient.contiguous()
     # For each sample but the first, 1 where it is larger than all before it: a factor, in place of which the gradient
     # is written. Factors are many times faster on a CPU than masks of bool.
-    routed = gradient.new_empty(index.shape[2], *gradient.shape)
+    routed = gradient.new_empty(len(index), *gradient.shape)
     samples = _sample(table, index, weight)
     best = next(samples)
     for others, larger in zip(samples, routed[1:]):

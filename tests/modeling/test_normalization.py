@@ -30,3 +30,10 @@ def test_without_rois_it_is_zero(counts):
     mean = mean_over_images(losses, counts)
     mean.backward()
     assert mean.item() == 0
+
+
+def test_several_losses_of_the_same_rois_each_have_their_mean():
+    where = torch.tensor([True, False, False, True, True])
+    means = mean_over_images(torch.stack((LOSSES, 3 * LOSSES)), [2, 3], where)
+    expected = mean_over_images(LOSSES, [2, 3], where).item()
+    assert means.tolist() == pytest.approx([expected, 3 * expected])
