@@ -1,5 +1,5 @@
-from .border import clip_boxes, image_corners, image_of_each, inside_image
-from .device import tensor_on
+from .border import clip_boxes, image_corners, inside_image
+from .device import image_of_each, tensor_on
 from .gradient import channels_last_gradient, clip_gradient, pass_gradient, scale_gradient
 from .linear import LinearOfMaps
 from .pooling import max_pool, max_pool_images

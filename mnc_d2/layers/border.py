@@ -6,15 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .device import tensor_on
-
-
-def image_of_each(counts: Sequence[int], device: torch.device) -> torch.Tensor:
-    """The number of its image for each of R things that lie one image after another, ``counts`` of each: (R,), int64.
-
-    A GPU is not waited for.
-    """
-    return torch.repeat_interleave(tensor_on(device, counts, torch.int64), output_size=sum(counts))
+from .device import image_of_each, tensor_on
 
 
 def image_corners(image_sizes: Sequence[tuple[int, int]], counts: Sequence[int], like: torch.Tensor) -> torch.Tensor:

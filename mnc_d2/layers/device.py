@@ -15,6 +15,14 @@ def tensor_on(device: torch.device, values: Sequence, dtype: torch.dtype | None 
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
+def image_of_each(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The number of its image for each of R things that lie one image after another, ``counts`` of each: (R,), int64.
+
+    A GPU is not waited for.
+    """
+    return torch.repeat_interleave(tensor_on(device, counts, torch.int64), output_size=sum(counts))
+
+
 def wants_operator(x: torch.Tensor) -> bool:
     """Whether to leave the work on x to operators of PyTorch: for gradients, in a graph, or on a GPU."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
