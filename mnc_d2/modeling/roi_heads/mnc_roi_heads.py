@@ -323,6 +323,7 @@ class MNCROIHeads(ROIHeads):
             mask_features, pooled = self.pooler(features, boxes, index)
             masks = heads.mask_head(mask_features).sigmoid()
             outputs.append(PassOutput(index, boxes, sizes, masks, *heads.classifier(pooled, masks)))
+            del mask_features, pooled  # much memory, which the next pass can take again
         return outputs
 
     def _next_boxes(self, output: PassOutput) -> list[Boxes]:
