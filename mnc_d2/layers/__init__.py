@@ -1,7 +1,7 @@
 from .border import clip_boxes, image_corners, inside_image
 from .device import image_of_each, tensor_on
 from .gradient import channels_last_gradient, clip_gradient, pass_gradient, scale_gradient
-from .linear import LinearOfMaps
+from .linear import Linear, LinearOfMaps
 from .pooling import max_pool, max_pool_images
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
 from .roi_warp import roi_warp, roi_warp_pyramid, roi_warp_pyramid_twice
@@ -9,6 +9,7 @@ from .roi_warp import roi_warp, roi_warp_pyramid, roi_warp_pyramid_twice
 __all__ = [
     "HALF_PRECISIONS",
     "HalfPrecisionWeights",
+    "Linear",
     "LinearOfMaps",
     "at_least_float32",
     "channels_last_gradient",

@@ -10,13 +10,13 @@ import torch
 from detectron2.layers import Conv2d
 from torch import nn
 
-from .linear import LinearOfMaps
+from .linear import Linear, LinearOfMaps
 
 # By the names that configs have for them.
 HALF_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Layers that use their weights as they are. Those that standardise them first, as some of timm's, need them in full.
-_PLAIN_LAYERS = nn.Linear, LinearOfMaps, nn.Conv2d, nn.ConvTranspose2d, Conv2d
+_PLAIN_LAYERS = nn.Linear, Linear, LinearOfMaps, nn.Conv2d, nn.ConvTranspose2d, Conv2d
 _PLAIN_FORWARDS = {layer.forward for layer in _PLAIN_LAYERS}
 
 
@@ -63,12 +63,18 @@ class HalfPrecisionWeights:
         """
         with self._lock:
             weights = dict(_plain_weights(module))
-            made_from = [(id(x), x.data_ptr(), _version(x), x.device, dtype) for x in weights.values()]
+            # Packed weights are only for where no gradient is wanted.
+            state = dtype, torch.is_grad_enabled()
+            made_from = [(id(x), x.data_ptr(), _version(x), x.device, state) for _, x in weights.values()]
             if made_from != self._made_from:
-                of_weight = {id(x): _convert(x, dtype) for x in weights.values()}  # tied weights stay tied
-                self._copies = {f"module.{name}": of_weight[id(x)] for name, x in weights.items()}
+                copies: dict[tuple, torch.Tensor] = {}  # layers that share a weight share its copy
+                for layer, x in weights.values():
+                    key = id(x), type(layer)
+                    copies[key] = copies[key] if key in copies else _convert(layer, x, dtype)
+                self._copies = {f"module.{name}": copies[id(x), type(layer)] for name, (layer, x) in weights.items()}
                 self._made_from = made_from
-            return torch.func.functional_call(_Caller(module), self._copies, (function, *args))
+            caller = _Caller(module)
+            return torch.func.functional_call(caller, self._copies, (function, *args), tie_weights=False)
 
 
 class _Caller(nn.Module):
@@ -82,11 +88,12 @@ class _Caller(nn.Module):
         return function(*args)
 
 
-def _plain_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of the layers that autocast runs in half precision, and that use them as they are."""
+def _plain_weights(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, nn.Parameter]]]:
+    """The layers that autocast runs in half precision, and that use their weights as they are; by parameter's name."""
     for layer_name, layer in module.named_modules():
         if type(layer).forward in _PLAIN_FORWARDS:
-            yield from layer.named_parameters(prefix=layer_name, recurse=False)
+            for name, parameter in layer.named_parameters(prefix=layer_name, recurse=False):
+                yield name, (layer, parameter)
 
 
 def _version(weight: torch.Tensor) -> int:
@@ -94,8 +101,11 @@ def _version(weight: torch.Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
-@torch.no_grad()
-def _convert(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _convert(layer: nn.Module, parameter: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(layer, Linear) and parameter is layer.weight:
+        packed = layer.packed_weight(dtype)
+        if packed is not None:
+            return packed
     # Convolutions of channels_last images want weights in channels_last too.
-    is_kernel = weight.dim() == 4
-    return weight.to(dtype, memory_format=torch.channels_last if is_kernel else torch.preserve_format)
+    is_kernel = parameter.dim() == 4
+    return parameter.detach().to(dtype, memory_format=torch.channels_last if is_kernel else torch.preserve_format)

@@ -65,7 +65,8 @@ def paste_masks(
     """
     if masks.device.type != "cpu":
         return _paste_in_whole_images(masks, boxes, image_size, threshold)
-    pasted = torch.zeros(len(masks), *image_size, dtype=torch.bool, device=masks.device)
+    # Where no mask is NumPy's zeros take no memory until they are read; PyTorch writes them.
+    pasted = torch.from_numpy(np.zeros((len(masks), *image_size), dtype=bool))
     for of_image, (x1, y1, pixels) in zip(pasted, _paste(masks, boxes, image_size, threshold)):
         of_image[y1 : y1 + pixels.shape[0], x1 : x1 + pixels.shape[1]] = pixels
     return pasted

@@ -1,13 +1,18 @@
-"""LinearOfMaps against nn.Linear of the flattened features."""
+"""Linear against nn.Linear, and LinearOfMaps against nn.Linear of the flattened features."""
 
 import copy
+import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mnc_d2.layers import HalfPrecisionWeights, LinearOfMaps
+from mnc_d2.layers import HalfPrecisionWeights, Linear, LinearOfMaps
+from mnc_d2.layers.linear import _has_onednn
 
 UNITS, CHANNELS, SIZE = 5, 6, 4
 
@@ -128,3 +133,131 @@ def test_state_dict_has_the_weight_as_it_is(layer):
         "weight": (UNITS, CHANNELS * SIZE**2),
         "bias": (UNITS,),
     }
+
+
+class Operators(TorchDispatchMode):
+    """Takes down whether oneDNN is asked for a product directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.use_onednn = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.use_onednn |= function.name() == "mkldnn::_linear_pointwise"
+        return function(*args, **(kwargs or {}))
+
+
+def uses_onednn(function):
+    with Operators() as operators:
+        function()
+    return operators.use_onednn
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    return Linear(6, 5).eval()
+
+
+def make_x(*shape):
+    return torch.linspace(-1, 1, 6 * math.prod(shape)).view(*shape, 6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(0,), (1,), (4,), (2, 3), (2, 0, 3)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 0)])
+def test_the_product_is_that_of_pytorch(plain, shape, dtype, tolerance):
+    """Of float32, sums in another order; of float64 the same."""
+    x = make_x(*shape).to(dtype)
+    plain.to(dtype)
+    expected = F.linear(x, plain.weight, plain.bias)
+    torch.testing.assert_close(plain(x), expected, rtol=0, atol=tolerance)
+    plain.bias = None
+    torch.testing.assert_close(plain(x), F.linear(x, plain.weight), rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_x_of_any_strides(plain):
+    x = make_x(4)
+    for same in (x.t().contiguous().t(), x.repeat_interleave(2, dim=0)[::2], x.repeat_interleave(2, dim=1)[:, ::2]):
+        torch.testing.assert_close(plain(same), F.linear(x, plain.weight, plain.bias), rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not _has_onednn(torch.float32), reason="PyTorch is built without oneDNN")
+def test_onednn_is_for_inference_in_float32_on_a_cpu_where_it_is_allowed(plain):
+    x = make_x(4)
+    with torch.no_grad():
+        assert uses_onednn(lambda: plain(x)) == (x.device.type == "cpu")
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not uses_onednn(lambda: plain(x))
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            assert not uses_onednn(lambda: plain(x))
+            assert torch.equal(plain(x), F.linear(x, plain.weight, plain.bias))
+    assert not uses_onednn(lambda: plain(x))  # gradients may be wanted
+
+
+def test_gradients_are_those_of_pytorch(plain):
+    inputs = [make_x(4).requires_grad_(), *plain.parameters()]
+    result = torch.autograd.grad(plain(inputs[0]).square().sum(), inputs)
+    expected = torch.autograd.grad(F.linear(*inputs).square().sum(), inputs)
+    assert all(torch.equal(x, y) for x, y in zip(result, expected))
+
+
+def test_conversion_leaves_weights_seeds_and_layers_of_other_kinds():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 5, bias=False), LinearOfMaps(1, 1, 5, 2)))
+    before, state = module.state_dict(keep_vars=True), torch.get_rng_state()
+    Linear.convert(module)
+    assert [type(x) for x in (module[0], *module[1])] == [Linear, Linear, LinearOfMaps]
+    assert torch.equal(torch.get_rng_state(), state)
+    after = module.state_dict(keep_vars=True)
+    assert after.keys() == before.keys() and all(after[name] is x for name, x in before.items())
+
+
+@pytest.mark.skipif(not _has_onednn(torch.bfloat16), reason="oneDNN has no bfloat16 here")
+@pytest.mark.parametrize("name, x, tolerance", [("plain", make_x(4), 0), ("layer", make_features(), 2**-8)])
+def test_weights_of_half_precision_are_packed(request, name, x, tolerance):
+    """The results are those of autocast: of maps with sums in another order, rounded to 8 bits."""
+    one, weights = request.getfixturevalue(name), HalfPrecisionWeights()
+    with torch.no_grad(), torch.autocast(x.device.type, dtype=torch.bfloat16):
+        expected = F.linear(x.flatten(1), one.weight, one.bias)
+        with Operators() as operators:
+            result = weights.call(one, torch.bfloat16, one, x)
+    assert operators.use_onednn == (x.device.type == "cpu")
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
+
+
+def test_half_precision_of_maps_in_another_order(layer):
+    features = make_features(dtype=torch.bfloat16)
+    with torch.no_grad():
+        results = [
+            HalfPrecisionWeights().call(layer, torch.bfloat16, layer, x) for x in (features, features.contiguous())
+        ]
+    assert torch.equal(*results)
+
+
+def test_gradients_pass_through_layers_in_half_precision(plain):
+    """Packed weights have none: where they are wanted, there are no such."""
+    x, weights = make_x(4).requires_grad_(), HalfPrecisionWeights()
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        with torch.no_grad():
+            weights.call(plain, torch.bfloat16, plain, x)
+        (gradient,) = torch.autograd.grad(weights.call(plain, torch.bfloat16, plain, x).sum(), x)
+    torch.testing.assert_close(gradient, plain.weight.sum(dim=0).expand_as(x), rtol=2**-6, atol=2**-6)
+
+
+def test_layers_of_both_kinds_may_share_a_weight(layer):
+    other = Linear(layer.in_features, UNITS).eval()
+    other.weight, other.bias = layer.weight, layer.bias
+    both, features = nn.ModuleList([layer, other]), make_features(dtype=torch.bfloat16)
+    with torch.no_grad():
+        call = partial(HalfPrecisionWeights().call, both, torch.bfloat16)
+        of_maps, of_vectors = call(lambda: (layer(features), other(features.flatten(1))))
+    torch.testing.assert_close(of_maps, of_vectors, rtol=2**-7, atol=2**-8)
+
+
+def test_the_graph_of_an_exported_layer_has_operators_of_pytorch_alone(plain):
+    with torch.no_grad():
+        program = torch.export.export(plain, (make_x(4),))
+    assert not any("mkldnn" in str(node.target) for node in program.graph.nodes)

@@ -7,6 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import build_box_head, build_mask_head
 from torch import nn
 
+from ...layers import Linear
 from .classifier import MaskedFeatureClassifier
 from .output_layers import MNCOutputLayers
 
@@ -37,4 +38,6 @@ class CascadePass(nn.Module):
             mask_head = build_mask_head(cfg, ShapeSpec(channels=channels, height=size, width=size))
         predictor = MNCOutputLayers(cfg, ShapeSpec(channels=2 * path_size))
         classifier = MaskedFeatureClassifier(mask_path_head, box_path_head, predictor, resolution=resolution)
-        return cls(mask_head, classifier)
+        cascade_pass = cls(mask_head, classifier)
+        Linear.convert(cascade_pass)
+        return cascade_pass
