@@ -27,3 +27,8 @@ def wants_operator(x: torch.Tensor) -> bool:
     """Whether to leave the work on x to operators of PyTorch: for gradients, in a graph, or on a GPU."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return torch.is_grad_enabled() or traced or x.device.type != "cpu"
+
+
+def is_exporting() -> bool:
+    """Whether this is traced by torch.export, as far as PyTorch tells."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()

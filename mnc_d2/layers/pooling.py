@@ -11,7 +11,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
-from .device import wants_operator
+from .device import is_exporting, wants_operator
 from .gradient import channels_last_gradient
 
 # Elements of the features that are pooled at once: few enough for the cache of a CPU.
@@ -32,8 +32,19 @@ def max_pool(features: torch.Tensor, size: int, masks: torch.Tensor | None = Non
     stride = features.shape[-1] // size
     of_features = None if masks is None else masks[:, None].to(features.dtype)
     if wants_operator(features):
-        return channels_last_gradient(F.max_pool2d(features if masks is None else features * of_features, stride))
+        masked = features if masks is None else features * of_features
+        if is_exporting():
+            return _pool_channel_by_channel(masked, stride)
+        return channels_last_gradient(F.max_pool2d(masked, stride))
     return _pool_in_parts(features, stride, features.new_empty(*features.shape[:2], size, size), of_features)
+
+
+def _pool_channel_by_channel(x: torch.Tensor, stride: int) -> torch.Tensor:
+    """Return ``F.max_pool2d(x, stride)`` of x (R, C, S, S), each channel as an image of its own.
+
+    For many channels onnxruntime has another order in memory, and takes as long to bring them into it as to pool them.
+    """
+    return F.max_pool2d(x.flatten(0, 1)[:, None], stride).view(*x.shape[:2], *(size // stride for size in x.shape[2:]))
 
 
 def max_pool_images(images: torch.Tensor, stride: int, ceil_mode: bool = False) -> torch.Tensor:

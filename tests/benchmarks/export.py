@@ -24,10 +24,19 @@ from mnc_d2.predictor import load_predictor
 
 
 def compare_detections(expected: dict, found: dict) -> dict:
-    """Return the largest differences of two results with the keys of the client's, and the share of equal pixels."""
+    """Return the largest differences of two results with the keys of the client's, and the share of equal pixels.
+
+    A detection is compared with the nearest box: which of two comes first is chance where their scores are the same.
+    """
     counts = len(expected["scores"]), len(found["scores"])
-    if counts[0] != counts[1] or (expected["classes"] != found["classes"]).any():
+    if counts[0] != counts[1]:
         return {"same": False, "detections": counts}
+    distances = np.abs(expected["boxes"][:, None] - found["boxes"]).max(axis=2, initial=0)
+    distances[expected["classes"][:, None] != found["classes"]] = np.inf
+    pairs = distances.argmin(axis=1) if counts[0] else np.arange(0)
+    if len(np.unique(pairs)) < counts[0] or (expected["classes"] != found["classes"][pairs]).any():
+        return {"same": False, "detections": counts}
+    found = {key: values[pairs] for key, values in found.items()}
     difference = {key: float(np.abs(expected[key] - found[key]).max(initial=0)) for key in ("boxes", "scores")}
     # Of the pixels of either mask: most of an image is in neither.
     union = (expected["masks"] | found["masks"]).sum(axis=(1, 2))
