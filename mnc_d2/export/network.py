@@ -142,7 +142,7 @@ class CandidateNetwork(nn.Module):
         """RoI warp of boxes (R, 4), each from its own level: (R, C, S, S).
 
         RoIAlign with one sample a bin is the same, and an operator of both formats. There is one, of all levels: what
-        several give would have to be joined and brought into order, which takes onnxruntime a third of their time.
+        several give would have to be joined and brought into order, which takes onnxruntime a fifth of their time.
         """
         warp = self.roi_heads.pooler.pooler
         ratio = warp.sampling_ratio
