@@ -13,6 +13,7 @@ from detectron2.modeling.proposal_generator import RPN
 from torch import nn
 from torchvision.ops import nms, roi_align
 
+from ..layers import max_pool
 from ..modeling import VGG16, CascadePooler, CausalRPN, MNCROIHeads, MultitaskNetworkCascade, RoIWarpPooler
 
 # What the network returns, see :meth:`CandidateNetwork.forward`.
@@ -151,7 +152,7 @@ class CandidateNetwork(nn.Module):
         boxes = boxes * boxes.new_tensor(warp.scales)[levels, None]
         rois = F.pad(torch.stack((boxes[:, 0] + 1, boxes[:, 1] + tops, boxes[:, 2] + 1, boxes[:, 3] + tops), 1), (1, 0))
         samples = roi_align(features, rois, warp.output_size * ratio, 1.0, sampling_ratio=1, aligned=True)
-        return samples if ratio == 1 else F.max_pool2d(samples, ratio)
+        return samples if ratio == 1 else max_pool(samples, warp.output_size)
 
     def _levels(self, boxes: torch.Tensor) -> torch.Tensor:
         """Which of the maps each box belongs to, as Detectron2's ``assign_boxes_to_levels``: (R,), int64."""
