@@ -1,4 +1,5 @@
 from .border import clip_boxes, image_corners, inside_image
+from .convolution import FusedConv2d
 from .device import image_of_each, tensor_on
 from .gradient import channels_last_gradient, clip_gradient, pass_gradient, scale_gradient
 from .linear import Linear, LinearOfMaps
@@ -7,6 +8,7 @@ from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
 from .roi_warp import roi_warp, roi_warp_pyramid, roi_warp_pyramid_twice
 
 __all__ = [
+    "FusedConv2d",
     "HALF_PRECISIONS",
     "HalfPrecisionWeights",
     "Linear",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .device import wants_operator
 from .gradient import channels_last_gradient
+from .onednn import CopyOfWeights, has_onednn
 
 
 class Linear(nn.Linear):
@@ -38,7 +37,7 @@ class Linear(nn.Linear):
         Returns:
             a tensor of which nothing but this layer's ``forward`` makes sense, in the place of its weight.
         """
-        if wants_operator(self.weight) or not _has_onednn(dtype):
+        if wants_operator(self.weight) or not has_onednn(dtype):
             return None
         return torch.ops.mkldnn._reorder_linear_weight(self._weight_as_used().to(dtype))
 
@@ -52,8 +51,7 @@ class LinearOfMaps(Linear):
     Flattening channels_last features copies them all, which for large maps takes as long as half of the product. In
     ``eval()``, without gradients, the layer keeps a copy of its weight in the order of the features instead, made when
     it is first called and whenever the weight has changed; only of a change through ``weight.data``, which PyTorch does
-    not count, it has to be told by ``train()``. Weights that were made in inference mode count no changes, and are used
-    as they are.
+    not count, it has to be told by ``train()``.
     """
 
     def __init__(self, channels: int, height: int, width: int, out_features: int) -> None:
@@ -64,7 +62,7 @@ class LinearOfMaps(Linear):
         """
         super().__init__(channels * height * width, out_features)
         self.channels = channels
-        self._copy: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self._copy = CopyOfWeights()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return (R, out_features) of features (R, channels, height, width)."""
@@ -73,22 +71,13 @@ class LinearOfMaps(Linear):
         elif self.training or wants_operator(features) or features.is_contiguous() or self.weight.is_inference():
             return super().forward(channels_last_gradient(features).flatten(1))
         else:
-            weight = self._weight_by_pixel()
+            weight = self._copy.get([self.weight], self._weight_as_used)
         return _product(features.permute(0, 2, 3, 1).flatten(1), weight, self.bias)
 
     def train(self, mode: bool = True) -> LinearOfMaps:
         """As ``nn.Module.train``. The copy is dropped."""
-        self._copy = None
+        self._copy.clear()
         return super().train(mode)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_copy": None}
-
-    def _weight_by_pixel(self) -> torch.Tensor:
-        copy, version = self._copy, self.weight._version
-        if copy is None or copy[0] is not self.weight or copy[1] != version:
-            copy = self._copy = self.weight, version, self._weight_as_used()
-        return copy[2]
 
     def _weight_as_used(self) -> torch.Tensor:
         """The weight with its columns in the order of pixels, and of channels in each."""
@@ -99,22 +88,6 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
     """Return ``F.linear(x, weight, bias)``; the weight may be packed."""
     if not weight.is_mkldnn:
         autocasts = torch.is_autocast_enabled(x.device.type)
-        if x.dtype != torch.float32 or autocasts or wants_operator(x) or not _has_onednn(torch.float32):
+        if x.dtype != torch.float32 or autocasts or wants_operator(x) or not has_onednn(torch.float32):
             return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
-
-
-def _has_onednn(dtype: torch.dtype) -> bool:
-    return torch.backends.mkldnn.enabled and _onednn_multiplies(dtype)
-
-
-@functools.cache
-def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has the operators, as those that torch.compile calls, and this processor the dtype."""
-    x = torch.ones(1, 1, dtype=dtype)
-    try:
-        weight = torch.ops.mkldnn._reorder_linear_weight(x)
-        torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    except (AttributeError, RuntimeError):
-        return False
-    return True

@@ -10,13 +10,14 @@ import torch
 from detectron2.layers import Conv2d
 from torch import nn
 
+from .convolution import FusedConv2d
 from .linear import Linear, LinearOfMaps
 
 # By the names that configs have for them.
 HALF_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Layers that use their weights as they are. Those that standardise them first, as some of timm's, need them in full.
-_PLAIN_LAYERS = nn.Linear, Linear, LinearOfMaps, nn.Conv2d, nn.ConvTranspose2d, Conv2d
+_PLAIN_LAYERS = nn.Linear, Linear, LinearOfMaps, nn.Conv2d, nn.ConvTranspose2d, Conv2d, FusedConv2d
 _PLAIN_FORWARDS = {layer.forward for layer in _PLAIN_LAYERS}
 
 
@@ -62,7 +63,7 @@ class HalfPrecisionWeights:
             what the function returns.
         """
         with self._lock:
-            weights = dict(_plain_weights(module))
+            weights = dict(_plain_weights(module, dtype))
             # Packed weights are only for where no gradient is wanted.
             state = dtype, torch.is_grad_enabled()
             made_from = [(id(x), x.data_ptr(), _version(x), x.device, state) for _, x in weights.values()]
@@ -88,10 +89,11 @@ class _Caller(nn.Module):
         return function(*args)
 
 
-def _plain_weights(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, nn.Parameter]]]:
+def _plain_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, tuple[nn.Module, nn.Parameter]]]:
     """The layers that autocast runs in half precision, and that use their weights as they are; by parameter's name."""
     for layer_name, layer in module.named_modules():
-        if type(layer).forward in _PLAIN_FORWARDS:
+        keeps_copy = isinstance(layer, FusedConv2d) and layer.packs(dtype)
+        if type(layer).forward in _PLAIN_FORWARDS and not keeps_copy:
             for name, parameter in layer.named_parameters(prefix=layer_name, recurse=False):
                 yield name, (layer, parameter)
 

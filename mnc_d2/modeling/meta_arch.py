@@ -15,7 +15,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.visualizer import Visualizer
 
 from ..data import num_classes_from_datasets
-from ..layers import HALF_PRECISIONS, HalfPrecisionWeights
+from ..layers import HALF_PRECISIONS, FusedConv2d, HalfPrecisionWeights
 from .mask_pasting import encode_masks, paste_masks
 
 
@@ -56,6 +56,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         self.inference_precision = inference_precision
         self.pred_mask_format = pred_mask_format
         self._half_precision_weights = HalfPrecisionWeights()
+        FusedConv2d.convert(self)
 
     @classmethod
     def from_config(cls, cfg):

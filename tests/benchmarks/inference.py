@@ -68,7 +68,9 @@ def prepare(cfg: CfgNode, device: str, size: tuple[int, int] = (HEIGHT, WIDTH)) 
 
     layers = [x for x in model.modules() if isinstance(x, FrozenBatchNorm2d)]
     hooks = [layer.register_forward_pre_hook(take_statistics) for layer in layers]
-    detect(model.eval(), make_inputs(1, size))
+    model.eval()
+    # With gradients: without them, the layers are not called one by one.
+    model(make_inputs(1, size))
     for hook in hooks:
         hook.remove()
     return model

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from torch import nn
 
-from ...layers import max_pool_images
+from ...layers import FusedConv2d, max_pool_images
 
 # (number of 3 x 3 convolutions, channels) of each stage.
 _STAGES = {
@@ -70,7 +69,7 @@ class VGG16(Backbone):
             count, channels = _STAGES[name]
             self._layers[name] = [f"{name}_{j + 1}" for j in range(count)]
             for layer in self._layers[name]:
-                conv = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1)
+                conv = FusedConv2d(in_channels, channels, kernel_size=3, padding=1, activation=F.relu_)
                 weight_init.c2_msra_fill(conv)
                 conv.requires_grad_(i >= freeze_at)
                 self.add_module(layer, conv)
@@ -91,7 +90,7 @@ class VGG16(Backbone):
                 # The last row of images lower than 16 pixels stays, whatever the mode.
                 x = max_pool_images(x, 2, ceil_mode=self.ceil_mode or min(x.shape[2:]) == 1)
             for layer in layers:
-                x = F.relu_(getattr(self, layer)(x))
+                x = getattr(self, layer)(x)
             if name in self._out_features:
                 outputs[name] = x
         return outputs
