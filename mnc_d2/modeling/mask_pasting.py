@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -65,11 +67,22 @@ def paste_masks(
     """
     if masks.device.type != "cpu":
         return _paste_in_whole_images(masks, boxes, image_size, threshold)
-    # Where no mask is NumPy's zeros take no memory until they are read; PyTorch writes them.
-    pasted = torch.from_numpy(np.zeros((len(masks), *image_size), dtype=bool))
+    pasted = _make_empty_masks(len(masks), *image_size)
     for of_image, (x1, y1, pixels) in zip(pasted, _paste(masks, boxes, image_size, threshold)):
         of_image[y1 : y1 + pixels.shape[0], x1 : x1 + pixels.shape[1]] = pixels
     return pasted
+
+
+def _make_empty_masks(*shape: int) -> torch.Tensor:
+    """Return ``torch.zeros(shape, dtype=torch.bool)``, whose memory is taken page by page as it is written or read.
+
+    The most of it never is. PyTorch would write it all. NumPy would not, but ask for huge pages, for which the kernel
+    may have to make room first: 0.1 s for 48 MiB.
+    """
+    size = math.prod(shape)
+    if size == 0:
+        return torch.zeros(shape, dtype=torch.bool)
+    return torch.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), dtype=torch.bool).view(shape)
 
 
 def encode_masks(masks: torch.Tensor, boxes: torch.Tensor, image_size: tuple[int, int], threshold: float) -> RLEMasks:

@@ -1,5 +1,7 @@
 """Pasting of masks into the image against Detectron2's, and their run lengths against pycocotools'."""
 
+import copy
+
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -84,3 +86,11 @@ def test_run_lengths_are_a_field_of_instances():
         assert torch.equal(instances[item].pred_masks_rle.decode(), pixels[chosen])
     assert torch.equal(instances[2].pred_masks_rle.decode(), pixels[2:3])
     assert isinstance(encoded[[]], RLEMasks) and len(encoded[[]]) == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5), (3, 400, 500)])
+def test_masks_to_paste_into_are_empty_and_can_be_written(shape):
+    masks = mask_pasting._make_empty_masks(*shape)
+    assert masks.shape == shape and masks.dtype == torch.bool and masks.is_contiguous() and not masks.any()
+    masks[:, 1:2, 1:3] = True
+    assert masks.sum() == masks[:, 1:2, 1:3].numel() and torch.equal(copy.deepcopy(masks), masks)
