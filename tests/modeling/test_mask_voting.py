@@ -1,6 +1,7 @@
 """Mask voting against a reference that loops over classes, candidates and pixels."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -110,10 +111,17 @@ def check_against_slow(candidates, **changes):
     return expected
 
 
+def set_limits(monkeypatch, **limits):
+    """Have other limits of what is done at once, whatever the tests run on."""
+    changed = {name: of_device._replace(**limits) for name, of_device in mask_merging._LIMITS.items()}
+    monkeypatch.setattr(mask_merging, "_LIMITS", changed)
+
+
 @pytest.fixture(params=["groups one by one", "groups at once"])
 def either_way(request, monkeypatch):
     """Both ways to merge masks: that of a CPU, and that of a GPU, on whatever the tests run on."""
-    monkeypatch.setattr(mask_merging, "_waits_for_launches", lambda device: request.param == "groups at once")
+    small = 0 if request.param == "groups one by one" else sys.maxsize
+    set_limits(monkeypatch, small_group_pixels=small)
 
 
 @pytest.mark.usefixtures("either_way")
@@ -191,8 +199,7 @@ def test_max_detections_keeps_the_best_of_all_classes():
 
 def test_strips_do_not_change_the_result(monkeypatch):
     whole = vote_masks(*make_candidates(), SIZE)
-    limit = 3 * 24 * SIZE[1]  # three rows of 24 voters
-    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", {"cpu": limit, "cuda": limit})
+    set_limits(monkeypatch, rendered_pixels=3 * 24 * SIZE[1], small_group_pixels=0)  # three rows of 24 voters
     strips = vote_masks(*make_candidates(), SIZE)
     assert torch.equal(strips.pred_boxes.tensor, whole.pred_boxes.tensor)
     torch.testing.assert_close(strips.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
@@ -200,26 +207,33 @@ def test_strips_do_not_change_the_result(monkeypatch):
 
 def test_a_limit_below_one_row_still_renders(monkeypatch):
     whole = vote_masks(*make_candidates(), SIZE)
-    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", {"cpu": 1, "cuda": 1})
+    set_limits(monkeypatch, rendered_pixels=1, small_group_pixels=0)
     torch.testing.assert_close(vote_masks(*make_candidates(), SIZE).pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("limit", [1, 2000])
-def test_maps_held_one_after_another_do_not_change_the_result(monkeypatch, limit):
+@pytest.mark.parametrize("pixels", [1, 2000])
+def test_maps_held_one_after_another_do_not_change_the_result(monkeypatch, pixels):
     whole = vote_masks(*make_candidates(), SIZE)
-    monkeypatch.setattr(mask_merging, "_MAX_MAP_PIXELS", limit)
+    set_limits(monkeypatch, group_pixels=pixels, map_pixels=pixels)
     parts = vote_masks(*make_candidates(), SIZE)
     assert len(parts) > 4 and torch.equal(parts.pred_boxes.tensor, whole.pred_boxes.tensor)
     torch.testing.assert_close(parts.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("limit", [1, 5000, 20000])
-def test_groups_at_once_are_divided_by_the_pixels_that_they_render(monkeypatch, limit):
+@pytest.mark.parametrize("small_group_pixels", [0, 5000, sys.maxsize])
+@pytest.mark.parametrize("pixels", [1, 5000, 20000])
+@pytest.mark.parametrize("few", [0, 100])
+def test_what_is_done_at_once_does_not_change_the_result(monkeypatch, small_group_pixels, pixels, few):
     """Groups of 24 voters in 22 x 30 pixels: one by one in strips, and some at once."""
     whole = vote_masks(*make_candidates(), SIZE)
-    monkeypatch.setattr(mask_merging, "_waits_for_launches", lambda device: True)
-    monkeypatch.setattr(mask_merging, "_MAX_RENDERED_PIXELS", {"cuda": limit})
+    monkeypatch.setattr(mask_merging, "_FEW_DETECTIONS", few)
+    set_limits(
+        monkeypatch,
+        small_group_pixels=small_group_pixels,
+        rendered_pixels=pixels,
+        pixels_of_small_groups=pixels,
+    )
     parts = vote_masks(*make_candidates(), SIZE)
     assert torch.equal(parts.pred_boxes.tensor, whole.pred_boxes.tensor)
     torch.testing.assert_close(parts.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,18 +11,26 @@ import torch.nn.functional as F
 
 from ...layers import tensor_on
 
-# Pixels rendered at once, over all voters: few enough for the cache of a CPU; on a GPU 128 MiB, as there each operator
-# takes its time to start, however little it has to do.
-_MAX_RENDERED_PIXELS = {"cpu": 2**20, "cuda": 2**25}
-# Pixels of averaged maps that are held at once, 64 MiB; but one detection may have more.
-_MAX_MAP_PIXELS = 2**24
+
+class _Limits(NamedTuple):
+    """How much is done at once. On a GPU each operator takes its time to start, however little it has to do."""
+
+    group_pixels: int  # of averaged maps of one group that are held at once; but one detection may have more
+    map_pixels: int  # of averaged maps of several groups that are held at once
+    rendered_pixels: int  # rendered at once, over all voters
+    small_group_pixels: int  # groups of up to so many, over their voters, are rendered several at once,
+    pixels_of_small_groups: int  # up to so many, as if all of these groups were as large as the largest
+
+
+_LIMITS = {
+    # 2**21 are 8 MiB. More falls out of the cache, and is returned to the kernel and cleared by it.
+    "cpu": _Limits(2**24, 2**21, 2**20, 2**16, 2**19),
+    "cuda": _Limits(2**24, 2**24, 2**25, sys.maxsize, 2**25),
+}
+# Up to so many detections, adding up rows of texels for each of them takes less time than rendering the masks first.
+_FEW_DETECTIONS = 4
 # What is left out for being under the threshold must be so in whatever order, and with TF32, it would be summed.
 _ROUNDING = 1e-3
-
-
-def _waits_for_launches(device: torch.device) -> bool:
-    """Whether many small operators take their number rather than their work: on all but a CPU."""
-    return device.type != "cpu"
 
 
 class MaskMerger:
@@ -41,9 +50,7 @@ class MaskMerger:
         count, self.mask_size, _ = masks.shape
         self.image_size = image_size
         self.boxes = boxes
-        # Whether to render the voters of several groups at once, though regions of one size are more pixels.
-        self.groups_at_once = _waits_for_launches(boxes.device)
-        self.max_rendered_pixels = _MAX_RENDERED_PIXELS["cuda" if self.groups_at_once else "cpu"]
+        self.limits = _LIMITS["cpu" if boxes.device.type == "cpu" else "cuda"]
         # Stretched rows, each element a sum of two columns of texels: of the columns of all masks.
         self.columns = masks.transpose(1, 2).reshape(count * self.mask_size, self.mask_size)
 
@@ -84,7 +91,10 @@ class MaskMerger:
         else:
             regions = self._add_margin(boxes[:, :2].floor().long(), boxes[:, 2:].ceil().long())
         # Groups of like size one after another: those that are rendered at once are as large as the largest of them.
-        by_area = (regions[:, 2:] - regions[:, :2]).prod(dim=1).argsort()
+        areas = (regions[:, 2:] - regions[:, :2]).prod(dim=1)
+        is_large = areas * group_votes.sum(dim=1) > self.limits.small_group_pixels
+        by_area = areas.argsort()
+        by_area = by_area[is_large[by_area].argsort(stable=True)]
         regions, membership, group_votes = regions[by_area], membership[by_area], group_votes[by_area]
         group_of, boxes = by_area.argsort()[group_of], None if boxes is None else boxes[by_area]
         sizes = torch.stack((membership.sum(dim=1), group_votes.sum(dim=1)), dim=1)
@@ -96,9 +106,10 @@ class MaskMerger:
         weights, regions = weights[order], regions[group_of[order]]
         tight, masks = [], []
         groups = [(members, number, region) for members, number, *region in counts]
-        for chunk in _divide(groups, self.max_rendered_pixels if self.groups_at_once else 0):
+        for chunk in _divide(groups, self.limits):
             members = slice(chunk[0].members.start, chunk[-1].members.stop)
-            merge = self._merge_at_once if self.groups_at_once and len(chunk) > 1 else self._merge_one_by_one
+            at_once = len(chunk) > 1 and chunk[0].rendered_pixels <= self.limits.small_group_pixels
+            merge = self._merge_at_once if at_once else self._merge_one_by_one
             merged = merge(chunk, weights[members], regions[members], voters)
             tight.append(merged.tight_boxes(threshold) if boxes is None else boxes[group_of[order[members]]])
             masks.append(_sample(merged, tight[-1], self.mask_size))
@@ -208,16 +219,18 @@ class MaskMerger:
         _, height, width = out.shape
         index, x, y = voters.chosen(chosen)
         weights = weights.index_select(1, index)
-        strip = max(1, self.max_rendered_pixels // (len(index) * self.mask_size))
+        strip = max(1, self.limits.rendered_pixels // (len(index) * self.mask_size))
         for left in range(0, width, strip):
             columns = slice(left, min(left + strip, width))
             stretched = _bag(self.columns, x.pixels(columns)).view(len(index), -1, self.mask_size)  # (n, w, m)
             table = stretched.transpose(1, 2).reshape(len(index) * self.mask_size, -1)  # (n * m, w)
-            block = max(1, self.max_rendered_pixels // (len(index) * table.shape[1]))
+            block = max(1, self.limits.rendered_pixels // (len(index) * table.shape[1]))
             for top in range(0, height, block):
                 rows = slice(top, min(top + block, height))
-                rendered = _bag(table, y.pixels(rows))  # (n * h, w)
-                sums = weights @ rendered.view(len(index), -1)
+                if len(weights) <= _FEW_DETECTIONS:
+                    sums = _bag_of_masks(table, y.pixels(rows), weights)
+                else:
+                    sums = weights @ _bag(table, y.pixels(rows)).view(len(index), -1)
                 out[:, rows, columns] = sums.view(len(weights), -1, table.shape[1])
 
 
@@ -236,28 +249,34 @@ class _Part(NamedTuple):
 
     @property
     def pixels(self) -> int:
+        """Of the averaged maps."""
         width, height = self.size
         return len(self.members) * width * height
 
+    @property
+    def rendered_pixels(self) -> int:
+        """Of the voters."""
+        width, height = self.size
+        return (self.voters.stop - self.voters.start) * width * height
 
-def _divide(groups: list[tuple[int, int, list[int]]], max_rendered_pixels: int) -> Iterator[list[_Part]]:
-    """Divide groups, each so many detections and voters and a region, into chunks of at most _MAX_MAP_PIXELS.
 
-    If ``max_rendered_pixels`` is not 0, those of several groups are at most as many, over all voters and with regions
-    as large as the largest.
+def _divide(groups: list[tuple[int, int, list[int]]], limits: _Limits) -> Iterator[list[_Part]]:
+    """Divide groups, each so many detections and voters and a region, small ones first, into chunks within the limits.
+
+    A chunk has either small groups, to be rendered at once, or others, to be rendered one by one.
     """
     chunk, pixels, first, first_voter = [], 0, 0, 0
     for count, number, region in groups:
         voters = slice(first_voter, first_voter + number)
-        at_once = max(1, _MAX_MAP_PIXELS // _Part(voters, range(1), region).pixels)
+        at_once = max(1, limits.group_pixels // _Part(voters, range(1), region).pixels)
         for start in range(first, first + count, at_once):
             part = _Part(voters, range(start, min(start + at_once, first + count)), region)
-            too_many = pixels + part.pixels > _MAX_MAP_PIXELS
-            if max_rendered_pixels:
-                too_many |= _padded_pixels([*chunk, part]) > max_rendered_pixels
-            if chunk and too_many:
-                yield chunk
-                chunk, pixels = [], 0
+            if chunk:
+                are_small = [x.rendered_pixels <= limits.small_group_pixels for x in (chunk[0], part)]
+                too_many = pixels + part.pixels > limits.map_pixels or are_small[0] != are_small[1]
+                if too_many or (are_small[0] and _padded_pixels([*chunk, part]) > limits.pixels_of_small_groups):
+                    yield chunk
+                    chunk, pixels = [], 0
             chunk.append(part)
             pixels += part.pixels
         first, first_voter = first + count, voters.stop
@@ -372,6 +391,14 @@ def _last(occupied: torch.Tensor) -> torch.Tensor:
 def _bag(table: torch.Tensor, texels: _Texels) -> torch.Tensor:
     """Weighted sums of two rows each of a table (rows, c): (n * p, c)."""
     index, weight = texels.index.reshape(-1, 2), texels.weight.reshape(-1, 2)
+    return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
+
+
+def _bag_of_masks(table: torch.Tensor, texels: _Texels, weights: torch.Tensor) -> torch.Tensor:
+    """Return ``weights @ _bag(table, texels)`` for weights (d, n), without those rows of the n masks: (d * p, c)."""
+    rows = len(weights), texels.index.shape[1], 2 * len(texels.index)
+    index = texels.index.transpose(0, 1).reshape(1, *rows[1:]).expand(rows).flatten(0, 1)
+    weight = (texels.weight.transpose(0, 1) * weights[:, None, :, None]).reshape(index.shape)
     return F.embedding_bag(index, table, per_sample_weights=weight, mode="sum")
 
 
