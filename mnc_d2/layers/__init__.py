@@ -1,3 +1,4 @@
+from .bag_max import BagMaxMemory
 from .border import clip_boxes, image_corners, inside_image
 from .convolution import FusedConv2d
 from .device import image_of_each, tensor_on
@@ -8,6 +9,7 @@ from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
 from .roi_warp import roi_warp, roi_warp_pyramid, roi_warp_pyramid_twice
 
 __all__ = [
+    "BagMaxMemory",
     "FusedConv2d",
     "HALF_PRECISIONS",
     "HalfPrecisionWeights",

@@ -1,5 +1,6 @@
 """The arithmetic of RoI warp and its max pooling: the largest of several weighted sums of feature vectors."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,12 +35,40 @@ def bag_max(features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch
         (R, B, C), dtype of ``features``. The gradients to ``features`` and ``weight`` are exact; where several of the
         sums are the largest the first takes the gradient, as in PyTorch's max pooling.
     """
-    table = _make_table(features, weight.dtype)
-    if index.shape[2] == 1 and features[0].dtype == table.dtype:
-        # There is nothing to compare: the sums are the result, without a copy.
-        sums = next(_sample(table, _by_sample(index), _by_sample(weight)))
-        return sums.view(*index.shape[:2], table.shape[1])
-    result = features[0].new_empty(*index.shape[:2], table.shape[1])
+    return BagMaxMemory().bag_max(features, index, weight)
+
+
+class BagMaxMemory:
+    """What several calls of :func:`bag_max` share, one after another, with the same feature maps and no gradients.
+
+    The table is made once. A result takes the place of the one before, so that the memory is not given back, and
+    cleared page by page, in between.
+    """
+
+    def __init__(self) -> None:
+        self._table: torch.Tensor | None = None
+        self._result: torch.Tensor | None = None
+
+    def bag_max(self, features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """As :func:`bag_max`. The result is valid until the next call."""
+        if self._table is None:
+            self._table = _make_table(features, weight.dtype)
+        table = self._table
+        if index.shape[2] == 1 and features[0].dtype == table.dtype:
+            # There is nothing to compare: the sums are the result, without a copy.
+            sums = next(_sample(table, _by_sample(index), _by_sample(weight)))
+            return sums.view(*index.shape[:2], table.shape[1])
+        shape = *index.shape[:2], table.shape[1]
+        if self._result is None or len(self._result) < math.prod(shape):
+            self._result = None  # before there is another one
+            self._result = features[0].new_empty(math.prod(shape))
+        result = self._result[: math.prod(shape)].view(shape)
+        _write_largest(result, table, index, weight)
+        return result
+
+
+def _write_largest(result: torch.Tensor, table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> None:
+    """Write the largest of the sums into ``result`` (R, B, C), chunk by chunk of the boxes."""
     # As 32-bit integers, which are enough for any number of pixels, the copy is half as large.
     index, weight = _by_sample(index.int()), _by_sample(weight)
     for chunk in _chunks(result.shape, table):
@@ -48,7 +77,6 @@ def bag_max(features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch
             _largest(samples, out)
         else:
             out.copy_(_largest(samples))
-    return result
 
 
 @bag_max.register_fake

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .bag_max import bag_max, pass_gradient_to_weight
-from .device import tensor_on
+from .bag_max import BagMaxMemory, bag_max, pass_gradient_to_weight
+from .device import tensor_on, wants_operator
 
 
 def roi_warp(
@@ -55,6 +55,7 @@ def roi_warp_pyramid(
     spatial_scales: Sequence[float],
     sampling: str = "center",
     max_pool: bool = False,
+    memory: BagMaxMemory | None = None,
 ) -> torch.Tensor:
     """:func:`roi_warp` where each box samples its own level of a feature pyramid.
 
@@ -65,12 +66,15 @@ def roi_warp_pyramid(
         output_size: S.
         spatial_scales: feature-map pixels per image pixel, per level.
         sampling, max_pool: as in :func:`roi_warp`.
+        memory: of calls with the same features, one after another; where gradients may be wanted, and on a GPU, it
+            makes no difference.
 
     Returns, Raises:
-        as :func:`roi_warp`.
+        as :func:`roi_warp`. With ``memory`` the result is valid until the next call.
     """
     index, weight = _bags(features, rois, levels, output_size, spatial_scales, sampling, max_pool)
-    return _as_images(bag_max(features, index, weight), output_size)
+    with_memory = memory is not None and not wants_operator(features[0])
+    return _as_images((memory.bag_max if with_memory else bag_max)(features, index, weight), output_size)
 
 
 def roi_warp_pyramid_twice(

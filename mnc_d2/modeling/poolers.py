@@ -11,7 +11,7 @@ from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..layers import roi_warp_pyramid, roi_warp_pyramid_twice
+from ..layers import BagMaxMemory, roi_warp_pyramid, roi_warp_pyramid_twice
 
 
 class RoIWarpPooler(nn.Module):
@@ -52,16 +52,19 @@ class RoIWarpPooler(nn.Module):
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
 
-    def forward(self, features: list[torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+    def forward(
+        self, features: list[torch.Tensor], boxes: list[Boxes], memory: BagMaxMemory | None = None
+    ) -> torch.Tensor:
         """
         Args:
             features: one (N, C, H_l, W_l) per level.
             boxes: one per image, in image pixels; R in all.
+            memory: as in :func:`mnc_d2.layers.roi_warp_pyramid`.
 
         Returns:
             (R, C, S, S), the boxes of all images one after another.
         """
-        return roi_warp_pyramid(features, *self._arguments(boxes))
+        return roi_warp_pyramid(features, *self._arguments(boxes), memory=memory)
 
     def without_and_with_box_gradient(
         self, features: list[torch.Tensor], boxes: list[Boxes]
@@ -108,6 +111,7 @@ class CascadePooler(nn.Module):
         boxes: list[Boxes],
         index: int,
         mask_coordinate_gradient: bool = True,
+        memory: BagMaxMemory | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -115,6 +119,7 @@ class CascadePooler(nn.Module):
             boxes: one per image, in image pixels; R in all.
             index: of the pass, from 0; here it makes no difference.
             mask_coordinate_gradient: whether the features for the mask head have a gradient to the boxes.
+            memory: of the passes of one inference; what one returns is valid until the next.
 
         Returns:
             (R, C, S, S) for the mask head, and the same for the classifier, which always has that gradient.
@@ -125,5 +130,5 @@ class CascadePooler(nn.Module):
             return self.pooler(mask_maps, mask_boxes), self.pooler(maps, boxes)
         if not mask_coordinate_gradient:
             return self.pooler.without_and_with_box_gradient(maps, boxes)
-        pooled = self.pooler(maps, boxes)
+        pooled = self.pooler(maps, boxes, memory)
         return pooled, pooled

@@ -32,11 +32,11 @@ class CaffeCascadePooler(CascadePooler):
         self.later = CascadePooler(later, in_features)
 
     def forward(
-        self, features: dict[str, torch.Tensor], boxes: list[Boxes], index: int, mask_coordinate_gradient: bool = True
+        self, features: dict[str, torch.Tensor], boxes: list[Boxes], index: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`CascadePooler.forward`."""
         pool = super().forward if index == 0 else self.later
-        return pool(features, boxes, index, mask_coordinate_gradient)
+        return pool(features, boxes, index, *args, **kwargs)
 
 
 @ROI_HEADS_REGISTRY.register()

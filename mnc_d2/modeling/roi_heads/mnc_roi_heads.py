@@ -13,7 +13,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from ...layers import clip_boxes, image_corners
+from ...layers import BagMaxMemory, clip_boxes, image_corners
 from ..causal_gradients import CausalGradients
 from ..poolers import CascadePooler, RoIWarpPooler
 from ..roi_anchors import RoIAnchorLoss
@@ -312,7 +312,7 @@ class MNCROIHeads(ROIHeads):
             are background go no further.
         """
         boxes, sizes = [x.proposal_boxes for x in proposals], [x.image_size for x in proposals]
-        outputs = []
+        outputs, memory = [], BagMaxMemory()
         for index in range(self.num_passes_test):
             if index > 0:
                 boxes = self._next_boxes(outputs[-1])
@@ -320,7 +320,7 @@ class MNCROIHeads(ROIHeads):
                     keep = outputs[-1].foreground_probabilities >= self.next_pass_min_score
                     boxes = [x[k] for x, k in zip(boxes, outputs[-1].split(keep))]
             heads = self.heads_of(index)
-            mask_features, pooled = self.pooler(features, boxes, index)
+            mask_features, pooled = self.pooler(features, boxes, index, memory=memory)
             masks = heads.mask_head(mask_features).sigmoid()
             outputs.append(PassOutput(index, boxes, sizes, masks, *heads.classifier(pooled, masks)))
             del mask_features, pooled  # much memory, which the next pass can take again
