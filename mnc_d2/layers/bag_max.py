@@ -41,8 +41,8 @@ def bag_max(features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch
 class BagMaxMemory:
     """What several calls of :func:`bag_max` share, one after another, with the same feature maps and no gradients.
 
-    The table is made once. A result takes the place of the one before, so that the memory is not given back, and
-    cleared page by page, in between.
+    The table is made once. Where sums are compared, a result takes the place of the one before, so that the memory is
+    not given back, and cleared page by page, in between.
     """
 
     def __init__(self) -> None:
@@ -56,6 +56,7 @@ class BagMaxMemory:
         table = self._table
         if index.shape[2] == 1 and features[0].dtype == table.dtype:
             # There is nothing to compare: the sums are the result, without a copy.
+            self._result = None
             sums = next(_sample(table, _by_sample(index), _by_sample(weight)))
             return sums.view(*index.shape[:2], table.shape[1])
         shape = *index.shape[:2], table.shape[1]

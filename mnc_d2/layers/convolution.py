@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -20,9 +18,10 @@ class FusedConv2d(Conv2d):
 
     In ``eval()``, without gradients, a batch normalisation is a factor and an offset of each channel: the factor is
     multiplied into the weight, the offset into the bias. The layer keeps that product, in the order in which oneDNN
-    reads it, and makes it anew when one of its tensors has changed; only of a change through ``weight.data``, which
-    PyTorch does not count, it has to be told by ``train()``. Modules ``norm`` and ``activation`` are not called then,
-    nor are hooks that they have. Results differ from those of the operators one by one by rounding alone.
+    reads it, and makes it anew when one of its tensors has changed; only of changes that PyTorch does not count,
+    through ``weight.data`` or by fused optimisers, it has to be told by ``train()``. Modules ``norm`` and
+    ``activation`` are not called then, nor are hooks that they have. Results differ from those of the operators one by
+    one by rounding alone. The layer is not for ``torch.jit.script``.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -43,18 +42,20 @@ class FusedConv2d(Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (N, out_channels, H', W') of x (N, in_channels, H, W)."""
-        if wants_operator(x):
+        if wants_operator(x) or x.dim() != 4 or x.shape[1] != self.in_channels:
             return super().forward(x)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not self.packs(dtype):
+        autocasts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype("cpu") if autocasts else x.dtype
+        if not self.packs(dtype) or not (autocasts or x.dtype == self.weight.dtype):
             return super().forward(x)
-        weight = self._copy.get(self._packed_from(), partial(self._pack, dtype, x.shape), dtype)
-        folds = self._folds()
-        fuses_relu = _is_relu(self.activation) and (folds or self.norm is None)
+        folded = self._folded_norm()
+        fuses_relu = _is_relu(self.activation) and (self.norm is None or folded is not None)
+        weight = self._packed_weight(dtype, x.shape, folded)
+        bias = self.bias if folded is None else _folded_bias(self.bias, folded)
         x = torch.ops.mkldnn._convolution_pointwise(
-            x.to(dtype), weight, self._folded_bias(), *self._geometry, "relu" if fuses_relu else "none", [], ""
+            x.to(dtype), weight, bias, *self._geometry, "relu" if fuses_relu else "none", [], ""
         )
-        if self.norm is not None and not folds:
+        if self.norm is not None and folded is None:
             x = self.norm(x)
         return x if self.activation is None or fuses_relu else self.activation(x)
 
@@ -63,16 +64,16 @@ class FusedConv2d(Conv2d):
         named_padding = isinstance(self.padding, str)  # as "same"
         return not (self.training or named_padding or wants_operator(self.weight)) and has_onednn(dtype)
 
-    def _packed_from(self) -> list[torch.Tensor]:
-        factors = [self.norm.running_var, self.norm.weight] if self._folds() else []
-        return [self.weight, *(x for x in factors if x is not None)]
-
-    def _pack(self, dtype: torch.dtype, input_shape: torch.Size) -> torch.Tensor:
+    def _packed_weight(self, dtype: torch.dtype, input_shape: torch.Size, folded: nn.Module | None) -> torch.Tensor:
         """The weight, with the normalisation's factor. Which order is the best depends on the size of the images."""
-        weight = self.weight
-        if self._folds():
-            weight = weight * self._factor()[:, None, None, None]
-        return torch.ops.mkldnn._reorder_convolution_weight(weight.to(dtype), *self._geometry, input_shape)
+
+        def pack() -> torch.Tensor:
+            weight = self.weight if folded is None else self.weight * _factor(folded)[:, None, None, None]
+            return torch.ops.mkldnn._reorder_convolution_weight(weight.to(dtype), *self._geometry, input_shape)
+
+        factors = [] if folded is None else [folded.running_var, folded.weight]
+        made_from = [self.weight, *(x for x in factors if x is not None)]
+        return self._copy.get(made_from, pack, (dtype, None if folded is None else folded.eps))
 
     @property
     def _geometry(self) -> tuple:
@@ -83,23 +84,27 @@ class FusedConv2d(Conv2d):
         self._copy.clear()
         return super().train(mode)
 
-    def _folds(self) -> bool:
-        """Whether the normalisation is one with fixed statistics, and nothing else."""
+    def _apply(self, *args, **kwargs) -> FusedConv2d:
+        self._copy.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _folded_norm(self) -> nn.Module | None:
+        """The normalisation, if it is one with fixed statistics, and nothing else."""
         if type(self.norm) is nn.BatchNorm2d:
-            return not self.norm.training and self.norm.running_var is not None
-        return type(self.norm) is FrozenBatchNorm2d
+            return None if self.norm.training or self.norm.running_var is None else self.norm
+        return self.norm if type(self.norm) is FrozenBatchNorm2d else None
 
-    def _factor(self) -> torch.Tensor:
-        factor = (self.norm.running_var + self.norm.eps).rsqrt()
-        return factor if self.norm.weight is None else factor * self.norm.weight
 
-    def _folded_bias(self) -> torch.Tensor | None:
-        if not self._folds():
-            return self.bias
-        bias = -self.norm.running_mean if self.bias is None else self.bias - self.norm.running_mean
-        bias = bias * self._factor()
-        return bias if self.norm.bias is None else bias + self.norm.bias
+def _factor(norm: nn.Module) -> torch.Tensor:
+    factor = (norm.running_var + norm.eps).rsqrt()
+    return factor if norm.weight is None else factor * norm.weight
+
+
+def _folded_bias(bias: torch.Tensor | None, norm: nn.Module) -> torch.Tensor:
+    offset = -norm.running_mean if bias is None else bias - norm.running_mean
+    offset = offset * _factor(norm)
+    return offset if norm.bias is None else offset + norm.bias
 
 
 def _is_relu(activation: object) -> bool:
-    return isinstance(activation, nn.ReLU) or activation in _RELUS
+    return type(activation) is nn.ReLU or activation in _RELUS

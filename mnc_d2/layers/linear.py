@@ -50,8 +50,8 @@ class LinearOfMaps(Linear):
 
     Flattening channels_last features copies them all, which for large maps takes as long as half of the product. In
     ``eval()``, without gradients, the layer keeps a copy of its weight in the order of the features instead, made when
-    it is first called and whenever the weight has changed; only of a change through ``weight.data``, which PyTorch does
-    not count, it has to be told by ``train()``.
+    it is first called and whenever the weight has changed; only of changes that PyTorch does not count, through
+    ``weight.data`` or by fused optimisers, it has to be told by ``train()``.
     """
 
     def __init__(self, channels: int, height: int, width: int, out_features: int) -> None:
@@ -78,6 +78,10 @@ class LinearOfMaps(Linear):
         """As ``nn.Module.train``. The copy is dropped."""
         self._copy.clear()
         return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> LinearOfMaps:
+        self._copy.clear()
+        return super()._apply(*args, **kwargs)
 
     def _weight_as_used(self) -> torch.Tensor:
         """The weight with its columns in the order of pixels, and of channels in each."""

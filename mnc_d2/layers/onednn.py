@@ -34,8 +34,9 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
 class CopyOfWeights:
     """A copy of weights in another order, kept until one of them changes. Copies of this object are empty.
 
-    Of a change through ``weight.data``, which PyTorch does not count, it has to be told by :meth:`clear`. Weights that
-    were made in inference mode count no changes at all, and are copied in every call.
+    Of changes that PyTorch does not count, through ``weight.data`` (as ``Module.to`` makes them) or by fused
+    optimisers, it has to be told by :meth:`clear`. Weights that were made in inference mode count no changes at all,
+    and are copied in every call.
     """
 
     def __init__(self) -> None:
@@ -46,27 +47,27 @@ class CopyOfWeights:
 
     def clear(self) -> None:
         """Forget the copy, and the memory it takes."""
-        self._made_from: list[tuple[torch.Tensor, int]] = []
-        self._copy: torch.Tensor | None = None
-        self._dtype: torch.dtype | None = None
+        # Exchanged as a whole: several threads may ask for a copy, and not with the same key.
+        self._kept: tuple[list[tuple], object, torch.Tensor | None] = [], None, None
 
     def get(
-        self, weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor], dtype: torch.dtype | None = None
+        self, weights: Sequence[torch.Tensor], make: Callable[[], torch.Tensor], key: object = None
     ) -> torch.Tensor:
         """Return the copy.
 
         Args:
             weights: all that it is made from.
             make: is called where there is none yet, or another one is needed.
-            dtype: of the copy, where it is not always the same.
+            key: what else it depends on; compared by ``==``.
         """
         if any(x.is_inference() for x in weights):
             return make()
-        unchanged = len(weights) == len(self._made_from) and all(
-            x is old and x._version == version for x, (old, version) in zip(weights, self._made_from)
+        made_from, kept_key, copy = self._kept
+        unchanged = len(weights) == len(made_from) and all(
+            x is old and x._version == version for x, (old, version) in zip(weights, made_from)
         )
-        if not unchanged or dtype != self._dtype:
-            self._copy = make()
-            self._made_from = [(x, x._version) for x in weights]
-            self._dtype = dtype
-        return self._copy
+        if not unchanged or key != kept_key:
+            made_from = [(x, x._version) for x in weights]
+            copy = make()
+            self._kept = made_from, key, copy
+        return copy

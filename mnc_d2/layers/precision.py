@@ -27,7 +27,7 @@ def at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 
 class HalfPrecisionWeights:
-    """Copies in half precision of the weights of a module's convolutions and linear layers.
+    """Copies in half precision of the weights of a module's convolutions and linear layers that keep none themselves.
 
     Autocast converts them in every call, which for large fully connected layers takes as long as their arithmetic. With
     these copies in their place it finds nothing to convert. The results are the same. Copies of this object and its
@@ -50,8 +50,8 @@ class HalfPrecisionWeights:
     def call(self, module: nn.Module, dtype: torch.dtype, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function that uses a module while the module has the copies in place of its weights.
 
-        The copies are made in the first call, and again when the weights have changed; only of a change through
-        ``weight.data``, which PyTorch does not count, it has to be told by :meth:`clear`.
+        The copies are made in the first call, and again when the weights have changed; only of changes that
+        PyTorch does not count, through ``weight.data`` or by fused optimisers, it has to be told by :meth:`clear`.
 
         Args:
             module: it has its own weights again on return.
@@ -90,7 +90,10 @@ class _Caller(nn.Module):
 
 
 def _plain_weights(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, tuple[nn.Module, nn.Parameter]]]:
-    """The layers that autocast runs in half precision, and that use their weights as they are; by parameter's name."""
+    """The layers that autocast runs in half precision, and that use their weights as they are; by parameter's name.
+
+    Without the convolutions that keep a copy of this dtype themselves.
+    """
     for layer_name, layer in module.named_modules():
         keeps_copy = isinstance(layer, FusedConv2d) and layer.packs(dtype)
         if type(layer).forward in _PLAIN_FORWARDS and not keeps_copy:

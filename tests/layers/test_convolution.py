@@ -22,7 +22,21 @@ NORMS = {
     "batch, no statistics": lambda: nn.BatchNorm2d(OUT, track_running_stats=False),
     "group": lambda: nn.GroupNorm(2, OUT),
 }
-ACTIVATIONS = {"none": None, "module": nn.ReLU(), "in place": F.relu_, "function": F.relu, "another": F.silu}
+
+
+class ClippedReLU(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x).clamp(max=0.5)
+
+
+ACTIVATIONS = {
+    "none": None,
+    "module": nn.ReLU(),
+    "in place": F.relu_,
+    "function": F.relu,
+    "another": F.silu,
+    "of its own": ClippedReLU(),
+}
 
 
 def make_layer(norm="frozen", activation=F.relu_, kind=FusedConv2d, **options):
@@ -113,10 +127,20 @@ def test_orders_in_memory(memory_format):
     assert_right(layer, x[..., ::2])
 
 
-def test_float64():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float64(autocast):
     layer = make_layer().double()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(IMAGES.device.type, dtype=torch.bfloat16, enabled=autocast):
         assert torch.equal(layer(IMAGES.double()), separately(layer, IMAGES.double()))
+
+
+@torch.no_grad()
+def test_an_image_without_a_batch_and_wrong_inputs_are_as_for_a_convolution():
+    layer = make_layer("none")
+    torch.testing.assert_close(layer(IMAGES[0]), separately(layer, IMAGES[0]))
+    for x in (IMAGES[:, 1:], IMAGES.bfloat16()):
+        with pytest.raises(RuntimeError, match="expected input|should be the same"):
+            layer(x)
 
 
 @pytest.mark.skipif(not has_onednn(torch.float32), reason="PyTorch is built without oneDNN")
@@ -191,12 +215,29 @@ def remove_norm(layer):
     layer.norm = None
 
 
+def change_eps(layer):
+    layer.norm.eps = 0.5
+
+
 def change_data(layer):
     layer.weight.data = layer.weight.data * 2
     layer.eval()
 
 
-CHANGES = [change_in_place, replace, load, change_norm, change_offsets, replace_norm, remove_norm, change_data]
+def round_numbers(layer):
+    layer.bfloat16().float()
+
+
+def step_fused(layer):
+    layer(IMAGES).sum().backward()
+    torch.optim.SGD([layer.weight], lr=0.1, fused=True).step()
+    layer.eval()
+
+
+CHANGES = [
+    *(change_in_place, replace, load, change_norm, change_offsets, replace_norm, remove_norm, change_eps),
+    *(change_data, round_numbers, step_fused),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -85,7 +85,11 @@ def change_data(layer):
     layer.eval()
 
 
-@pytest.mark.parametrize("change", [change_in_place, replace, load, step, change_data])
+def round_numbers(layer):
+    layer.bfloat16().float()
+
+
+@pytest.mark.parametrize("change", [change_in_place, replace, load, step, change_data, round_numbers])
 def test_a_changed_weight_is_used(layer, change):
     assert_right(layer, make_features())
     change(layer)

@@ -90,11 +90,12 @@ class MaskMerger:
             regions = self._find_regions(weights, membership.bool(), threshold)
         else:
             regions = self._add_margin(boxes[:, :2].floor().long(), boxes[:, 2:].ceil().long())
-        # Groups of like size one after another: those that are rendered at once are as large as the largest of them.
+        # Small groups first, and those of like size one after another: what is rendered at once is as large as the
+        # largest of it.
         areas = (regions[:, 2:] - regions[:, :2]).prod(dim=1)
         is_large = areas * group_votes.sum(dim=1) > self.limits.small_group_pixels
         by_area = areas.argsort()
-        by_area = by_area[is_large[by_area].argsort(stable=True)]
+        by_area = by_area[is_large[by_area].int().argsort(stable=True)]
         regions, membership, group_votes = regions[by_area], membership[by_area], group_votes[by_area]
         group_of, boxes = by_area.argsort()[group_of], None if boxes is None else boxes[by_area]
         sizes = torch.stack((membership.sum(dim=1), group_votes.sum(dim=1)), dim=1)
