@@ -278,9 +278,13 @@ def find_texels(start: np.ndarray, end: np.ndarray, pixels: np.ndarray, size: in
     inside = (centers >= start) & (centers < end)
     with np.errstate(over="ignore"):  # of boxes without extent, which no pixel is inside of
         position = (centers - start) * size / np.maximum(end - start, np.finfo(np.float32).tiny) - np.float32(0.5)
-    position = np.clip(position, 0, size - 1)[:, :, None]
-    distance = np.abs(position - np.arange(size, dtype=np.float32))
-    return np.maximum(1 - distance, 0) * inside[:, :, None]
+    position = np.minimum(np.maximum(position, 0), size - 1)
+    texels = position[:, :, None] - np.arange(size, dtype=np.float32)  # the distance, and in its place what it gives
+    np.abs(texels, out=texels)
+    np.subtract(1, texels, out=texels)
+    np.maximum(texels, 0, out=texels)
+    texels *= inside[:, :, None]
+    return texels
 
 
 def find_tight_box(occupied: np.ndarray, region: np.ndarray) -> np.ndarray | None:
@@ -311,9 +315,12 @@ def sample_axis(start: float, end: float, size: int, length: int) -> np.ndarray:
 
 def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the IoUs (D, K) of boxes (D, 4) and (K, 4); 0 where they have no area in common."""
-    corner = np.maximum(first[:, None, :2], second[:, :2])
-    sides = np.minimum(first[:, None, 2:], second[:, 2:]) - corner
-    intersection = np.maximum(sides[..., 0], 0) * np.maximum(sides[..., 1], 0)
+    sides = (
+        np.minimum(first[:, i + 2, None], second[:, i + 2]) - np.maximum(first[:, i, None], second[:, i])
+        for i in range(2)
+    )
+    width, height = (np.maximum(side, 0) for side in sides)
+    intersection = width * height
     areas = [(x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (first, second)]
     union = areas[0][:, None] + areas[1] - intersection
     return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)

@@ -1,7 +1,7 @@
 from .bag_max import BagMaxMemory
 from .border import clip_boxes, image_corners, inside_image
 from .convolution import FusedConv2d
-from .device import image_of_each, tensor_on
+from .device import image_of_each, is_exporting, tensor_on
 from .gradient import channels_last_gradient, clip_gradient, pass_gradient, scale_gradient
 from .linear import Linear, LinearOfMaps
 from .pooling import max_pool, max_pool_images
@@ -22,6 +22,7 @@ __all__ = [
     "image_corners",
     "image_of_each",
     "inside_image",
+    "is_exporting",
     "max_pool",
     "max_pool_images",
     "pass_gradient",

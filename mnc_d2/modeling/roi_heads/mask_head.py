@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from torch import nn
 
-from ...layers import LinearOfMaps, at_least_float32
+from ...layers import LinearOfMaps, at_least_float32, is_exporting
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -96,4 +96,14 @@ class MaskFusionHead(MaskRegressionHead):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Return mask logits (R, m, m), at least float32, for pooled features (R, C, S, S)."""
-        return super().forward(features) + at_least_float32(self.local(features)).squeeze(1)
+        return super().forward(features) + at_least_float32(self._local_logits(features)).squeeze(1)
+
+    def _local_logits(self, features: torch.Tensor) -> torch.Tensor:
+        if not is_exporting():
+            return self.local(features)
+        # The same as a convolution that predicts the pixels of a texel as channels. onnxruntime keeps the features in
+        # the order of its convolutions for that.
+        hidden, predictor = self.local[:-1](features), self.local[-1]
+        scale = predictor.stride[0]
+        weight = predictor.weight.flatten(1).T[:, :, None, None]
+        return F.pixel_shuffle(F.conv2d(hidden, weight, predictor.bias.expand(scale**2)), scale)
