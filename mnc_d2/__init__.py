@@ -20,7 +20,7 @@ with warnings.catch_warnings():
 
 __version__ = "0.1.0"  # which what follows imports
 
-from . import checkpoint, data, modeling  # noqa: E402, F401  (imported for their registrations)
+from . import checkpoint, data, experiments, modeling  # noqa: E402, F401  (imported for their registrations)
 from .config import add_mnc_config  # noqa: E402
 from .predictor import load_predictor  # noqa: E402
 

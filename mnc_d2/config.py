@@ -199,6 +199,9 @@ def add_mnc_config(cfg: CN) -> None:
     # and mask voting are float32 whatever it is.
     mnc.INFERENCE_PRECISION = "float32"
 
+    # The class that makes training and test inputs of a dataset's records: a name of mnc_d2.data's
+    # DATASET_MAPPER_REGISTRY. "MaskProposalMapper" adds the proposals in DATASETS.MASK_PROPOSALS.
+    cfg.INPUT.DATASET_MAPPER_NAME = "MNCDatasetMapper"
     # Whether test images are resized by one exact factor, to float32, as the released code does (ResizeByExactScale);
     # else to a size in whole pixels, as Detectron2 does.
     cfg.INPUT.EXACT_SCALE_TEST = False

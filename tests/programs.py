@@ -75,7 +75,7 @@ def parse(arguments):
 def run_here(arguments):
     """Run train_net.py in this process; return what it printed."""
     with restored_catalogs(), restored_loggers(), redirect_stdout(io.StringIO()) as output:
-        run_processes(train_net.main, parse(arguments), train_net.find_mistake)
+        run_processes(train_net.main, parse(arguments), train_net.find_input_error)
     return output.getvalue()
 
 

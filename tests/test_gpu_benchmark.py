@@ -11,8 +11,8 @@ from devices import OnDevice
 
 from mnc_d2.layers import clip_boxes, image_corners, tensor_on
 from mnc_d2.modeling import RoIWarpPooler
+from mnc_d2.modeling.roi_heads.loss_reduction import mean_over_images
 from mnc_d2.modeling.roi_heads.mask_supervision import instance_mask_iou
-from mnc_d2.modeling.roi_heads.normalization import mean_over_images
 
 FOLDER = Path(__file__).parent / "benchmarks"
 

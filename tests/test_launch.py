@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mnc_d2.engine import argument_parser, count_processes, launch, one_sentence, say_how_to_resume
+from mnc_d2.engine import argument_parser, count_processes, exit_on_error, launch, say_how_to_resume
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_processes_of_the_launcher_start_their_own_as_without_it():
 def test_an_error_of_the_given_types_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["folder/program.py"])
     with pytest.raises(SystemExit) as stop:
-        with one_sentence(ValueError):
+        with exit_on_error(ValueError):
             raise ValueError("This is wrong.")
     assert stop.value.code == 1
     assert capsys.readouterr().err == "program.py: This is wrong.\n"
     with pytest.raises(KeyError):
-        with one_sentence(ValueError):
+        with exit_on_error(ValueError):
             raise KeyError("a mistake in the program")
 
 

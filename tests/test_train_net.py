@@ -181,7 +181,7 @@ def test_only_the_process_that_looks_for_mistakes_reads_image_headers(
     assert read == []
     DatasetCatalog.remove("drawn")
     MetadataCatalog.remove("drawn")
-    assert train_net.find_mistake(args) is None
+    assert train_net.find_input_error(args) is None
     assert len(read) == 2
 
 
@@ -308,11 +308,11 @@ def test_dataset_that_is_not_prepared_is_named_if_it_is_used(clean_catalogs, tmp
     (tmp_path / "VOC2012" / "mnc_annotations" / "present.json").touch()
     arguments = ["--config-file", VOC_CONFIG, "MODEL.WEIGHTS", __file__, "MODEL.DEVICE", "cpu"]
     arguments += ["DATASETS.TRAIN", "('absent',)", "DATASETS.TEST", "('present',)"]
-    mistake = train_net.find_mistake(parse(arguments))
+    mistake = train_net.find_input_error(parse(arguments))
     assert str(tmp_path / "VOC2012" / "mnc_annotations" / "absent.json") in mistake
     assert "python datasets/prepare_sbd.py" in mistake
     # An evaluation needs no training data.
-    assert train_net.find_mistake(parse(["--eval-only", *arguments])) is None
+    assert train_net.find_input_error(parse(["--eval-only", *arguments])) is None
 
 
 # ---- the summary

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     cfg = build_config(args)
     check_config(cfg)
     check_folder(cfg.OUTPUT_DIR, args.resume)
-    run_processes(_train, args, find_mistake=lambda _: None)
+    run_processes(_train, args, find_input_error=lambda _: None)
 
 
 def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:

@@ -6,13 +6,13 @@ from .coco import num_classes_from_datasets, register_coco_dataset
 from .files import datasets_root, prepare_dataset
 from .formats import DatasetSummary, convert_dataset, describe_dataset, split_dataset
 from .images import ImageError, read_image
-from .mapper import MNCDatasetMapper
-from .mask_proposals import check_mask_proposals, mask_proposals_path, save_mask_proposals
+from .mapper import DATASET_MAPPER_REGISTRY, MNCDatasetMapper, build_mapper
 from .resize import ResizeByExactScale, build_test_resize, exact_scale, scaled_size
 from .shapes import SHAPES_CLASSES, SHAPES_SPLITS, ShapesSpec, prepare_shapes, register_shapes
 from .voc import VOC_CLASSES, VOC_SETS, VOC_UNIONS, VOCSet, register_union, register_voc_set
 
 __all__ = [
+    "DATASET_MAPPER_REGISTRY",
     "DatasetSummary",
     "ImageError",
     "MNCDatasetMapper",
@@ -24,12 +24,11 @@ __all__ = [
     "VOC_SETS",
     "VOC_UNIONS",
     "VOCSet",
+    "build_mapper",
     "build_test_resize",
-    "check_mask_proposals",
     "convert_dataset",
     "describe_dataset",
     "exact_scale",
-    "mask_proposals_path",
     "num_classes_from_datasets",
     "prepare_dataset",
     "prepare_shapes",
@@ -38,7 +37,6 @@ __all__ = [
     "register_shapes",
     "register_union",
     "register_voc_set",
-    "save_mask_proposals",
     "scaled_size",
     "split_dataset",
 ]

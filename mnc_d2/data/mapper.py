@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks
+from fvcore.common.registry import Registry
 
 from .images import read_image
-from .mask_proposals import load_mask_proposals, mask_proposals_path, transform_mask_proposals
 from .resize import build_test_resize, build_train_resize
 
-__all__ = ["MNCDatasetMapper"]
+__all__ = ["DATASET_MAPPER_REGISTRY", "MNCDatasetMapper", "build_mapper"]
+
+DATASET_MAPPER_REGISTRY = Registry("DATASET_MAPPER")
+DATASET_MAPPER_REGISTRY.__doc__ = "Dataset mappers by their names, for INPUT.DATASET_MAPPER_NAME."
 
 
+def build_mapper(cfg: CfgNode, is_train: bool) -> MNCDatasetMapper:
+    """Build the mapper that INPUT.DATASET_MAPPER_NAME names."""
+    return DATASET_MAPPER_REGISTRY.get(cfg.INPUT.DATASET_MAPPER_NAME)(cfg, is_train)
+
+
+@DATASET_MAPPER_REGISTRY.register()
 class MNCDatasetMapper(DatasetMapper):
     """Detectron2's DatasetMapper for mixed supervision: some instances have masks, others only boxes.
 
@@ -41,16 +51,12 @@ class MNCDatasetMapper(DatasetMapper):
         is_train: bool,
         *,
         instance_mask_format: str = "bitmask",
-        mask_proposals: str = "",
-        mask_proposals_limit: int | None = None,
         **kwargs: Any,
     ):
         """
         Args:
             is_train: whether to give the ground truth along with the image.
             instance_mask_format: must be "bitmask".
-            mask_proposals: folder of precomputed mask proposals; "" for none.
-            mask_proposals_limit: at most this many of them are given, the best.
             kwargs: as for DatasetMapper.
 
         Raises:
@@ -61,23 +67,21 @@ class MNCDatasetMapper(DatasetMapper):
                 f"INPUT.MASK_FORMAT is '{instance_mask_format}'. MNC needs 'bitmask'; annotations may be of any format."
             )
         super().__init__(is_train, instance_mask_format=instance_mask_format, **kwargs)
-        self.mask_proposals = mask_proposals
-        self.mask_proposals_limit = mask_proposals_limit
 
     @classmethod
     def from_config(cls, cfg, is_train: bool = True) -> dict[str, Any]:
-        datasets = cfg.DATASETS
         arguments = super().from_config(cfg, is_train)
         resize = build_train_resize(cfg) if is_train else build_test_resize(cfg)
         augmentations = [resize if isinstance(x, T.ResizeShortestEdge) else x for x in arguments["augmentations"]]
-        return {
-            **arguments,
-            "augmentations": augmentations,
-            "mask_proposals": datasets.get("MASK_PROPOSALS", ""),
-            "mask_proposals_limit": (
-                datasets.PRECOMPUTED_PROPOSAL_TOPK_TRAIN if is_train else datasets.PRECOMPUTED_PROPOSAL_TOPK_TEST
-            ),
-        }
+        return {**arguments, "augmentations": augmentations}
+
+    @classmethod
+    def check_files(cls, cfg: CfgNode, dataset_names: Iterable[str]) -> None:
+        """Check, before a run, the files that the mapper reads beside images; this one reads none.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or bad; the message names it.
+        """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Read and transform one image, and in training its annotations.
@@ -87,12 +91,10 @@ class MNCDatasetMapper(DatasetMapper):
 
         Returns:
             The record with "image" ((3, H, W); uint8, or float32 with INPUT.EXACT_SCALE_TEST), in training
-            "instances" in place of "annotations" and, if there is a folder of them, "proposals": see
-            :func:`mnc_d2.data.mask_proposals.transform_mask_proposals`.
+            "instances" in place of "annotations", and "proposals" if :meth:`add_proposals` has any.
 
         Raises:
-            OSError: the image cannot be read, or its mask proposals are not there; the message names the file.
-            ValueError: its mask proposals are not what they must be.
+            OSError: the image cannot be read; the message names the file.
             detectron2.data.detection_utils.SizeMismatchError: the image's size is not the record's.
         """
         record = copy.deepcopy(dataset_dict)
@@ -103,17 +105,23 @@ class MNCDatasetMapper(DatasetMapper):
         image_size = augmented.image.shape[:2]
         # No ascontiguousarray: it leaves a side of one pixel its negative stride of a flip, which PyTorch refuses.
         record["image"] = torch.as_tensor(augmented.image.transpose(2, 0, 1).copy())
-        if self.mask_proposals:
-            path = mask_proposals_path(self.mask_proposals, record["file_name"])
-            proposals = load_mask_proposals(path, self.mask_proposals_limit)
-            record["proposals"] = transform_mask_proposals(proposals, transforms, image_size)
-        elif self.proposal_topk is not None:
-            utils.transform_proposals(record, image_size, transforms, proposal_topk=self.proposal_topk)
+        self.add_proposals(record, transforms, image_size)
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
             self._transform_annotations(record, transforms, image_size)
         return record
+
+    def add_proposals(self, record: dict[str, Any], transforms: T.TransformList, image_size: tuple[int, int]) -> None:
+        """Put "proposals" into a record, where there are precomputed ones (MODEL.LOAD_PROPOSALS).
+
+        Args:
+            record: of the dataset.
+            transforms: what was done to the image.
+            image_size: (height, width) after that.
+        """
+        if self.proposal_topk is not None:
+            utils.transform_proposals(record, image_size, transforms, proposal_topk=self.proposal_topk)
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]

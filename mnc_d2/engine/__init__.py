@@ -1,13 +1,13 @@
 """Training, evaluation and the processes that they run in."""
 
-from .command_line import argument_parser, build_config, find_mistake
+from .command_line import argument_parser, build_config, find_input_error
 from .folder import check_folder, lock_folder
 from .launch import (
     check_device,
     count_processes,
+    exit_on_error,
     join_torchrun,
     leave_process_group,
-    one_sentence,
     run_processes,
     say_how_to_resume,
     started_by_torchrun,
@@ -27,11 +27,11 @@ __all__ = [
     "check_folder",
     "check_solver",
     "count_processes",
-    "find_mistake",
+    "find_input_error",
     "join_torchrun",
     "leave_process_group",
     "lock_folder",
-    "one_sentence",
+    "exit_on_error",
     "run_processes",
     "say_how_to_resume",
     "started_by_torchrun",

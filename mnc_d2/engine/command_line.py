@@ -11,7 +11,7 @@ from torch.nn import Identity
 
 from ..checkpoint import MNCCheckpointer
 from ..config import check_config
-from ..data import check_mask_proposals, num_classes_from_datasets, prepare_dataset, register_coco_dataset
+from ..data import DATASET_MAPPER_REGISTRY, num_classes_from_datasets, prepare_dataset, register_coco_dataset
 from ..evaluation import evaluation_protocol
 from ..model_zoo import load_config
 from .folder import check_folder
@@ -95,7 +95,7 @@ def build_config(args: argparse.Namespace, check_files: bool = True) -> CfgNode:
     return cfg
 
 
-def find_mistake(args: argparse.Namespace) -> str | None:
+def find_input_error(args: argparse.Namespace) -> str | None:
     """Return what is wrong with the input of a run, in one sentence, or None; draw the shapes if they are used."""
     first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
@@ -103,8 +103,8 @@ def find_mistake(args: argparse.Namespace) -> str | None:
         names = (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
         for name in names:
             prepare_dataset(name)
-        if cfg.DATASETS.MASK_PROPOSALS and first_of_machine:
-            check_mask_proposals(cfg.DATASETS.MASK_PROPOSALS, names)
+        if first_of_machine:
+            DATASET_MAPPER_REGISTRY.get(cfg.INPUT.DATASET_MAPPER_NAME).check_files(cfg, names)
         if not args.eval_only and first_of_machine:
             check_folder(cfg.OUTPUT_DIR, args.resume)
     except (ValueError, OSError) as error:

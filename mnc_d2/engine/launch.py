@@ -24,21 +24,21 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 def run_processes(
     main: Callable[[argparse.Namespace], None],
     args: argparse.Namespace,
-    find_mistake: Callable[[argparse.Namespace], str | None],
+    find_input_error: Callable[[argparse.Namespace], str | None],
 ) -> None:
     """Run a program in all its processes, unless its input is wrong: then print what is wrong and exit.
 
     Args:
         main: what each process runs, after it has joined the others; it parts from them by
             :func:`leave_process_group`.
-        args: what :func:`~mnc_d2.engine.argument_parser` returns; given to ``main`` and ``find_mistake``.
-        find_mistake: returns what is wrong, in one sentence, or None. It runs before processes are started, or in each
-            of those that torchrun started.
+        args: what :func:`~mnc_d2.engine.argument_parser` returns; given to ``main`` and ``find_input_error``.
+        find_input_error: returns what is wrong, in one sentence, or None. It runs before processes are started; under
+            torchrun it runs in each process.
     """
     by_torchrun = started_by_torchrun()
     if by_torchrun:
         join_torchrun(timedelta(seconds=args.dist_timeout))
-    mistakes = [mistake for mistake in comm.all_gather(find_mistake(args)) if mistake]
+    mistakes = [mistake for mistake in comm.all_gather(find_input_error(args)) if mistake]
     if mistakes:
         if comm.is_main_process():
             _print_error(mistakes[0])
@@ -85,7 +85,7 @@ def _forward(number: int, frame) -> None:
 
 
 @contextmanager
-def one_sentence(*errors: type[Exception]) -> Iterator[None]:
+def exit_on_error(*errors: type[Exception]) -> Iterator[None]:
     """End the program with the message of an error of these types, as for wrong input."""
     try:
         yield

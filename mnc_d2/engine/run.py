@@ -10,7 +10,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from .folder import lock_folder
-from .launch import one_sentence, say_how_to_resume
+from .launch import exit_on_error, say_how_to_resume
 from .trainer import MNCTrainer
 
 
@@ -27,12 +27,12 @@ def train(cfg: CfgNode, resume: bool, more_hooks: Sequence[HookBase] = (), comma
         the results of the last evaluation, empty in all processes but the main one.
     """
     with ExitStack() as stack:
-        with one_sentence(ValueError, OSError):
+        with exit_on_error(ValueError, OSError):
             if comm.is_main_process():
                 stack.enter_context(lock_folder(cfg.OUTPUT_DIR))
         trainer = MNCTrainer(cfg)
         trainer.register_hooks(list(more_hooks))
-        with one_sentence(ValueError, OSError):
+        with exit_on_error(ValueError, OSError):
             trainer.resume_or_load(resume=resume)
-        with one_sentence(FloatingPointError, OSError), say_how_to_resume(command_words):
+        with exit_on_error(FloatingPointError, OSError), say_how_to_resume(command_words):
             return trainer.train()

@@ -24,7 +24,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.common.history_buffer import HistoryBuffer
 
 from ..checkpoint import DescribeModel, MNCCheckpointer
-from ..data import MNCDatasetMapper
+from ..data import build_mapper
 from ..data.train_loader import TrainLoader, build_train_loader
 from ..evaluation import build_evaluator
 from ..randomness import STEP, seed_all
@@ -232,11 +232,11 @@ class MNCTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_train_loader(cfg, MNCDatasetMapper(cfg, is_train=True))
+        return build_train_loader(cfg, build_mapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
-        return build_detection_test_loader(cfg, dataset_name, mapper=MNCDatasetMapper(cfg, is_train=False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluators:

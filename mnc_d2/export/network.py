@@ -58,7 +58,7 @@ class CandidateNetwork(nn.Module):
         boxes = self._propose(features, height, width)
         heads, outputs = self.roi_heads, []
         for index in range(heads.num_passes_test):
-            cascade_pass = heads.heads_of(index)
+            cascade_pass = heads.get_pass(index)
             mask_features, pooled = self._pool(features, boxes)
             masks = cascade_pass.mask_head(mask_features).sigmoid()
             predictions = cascade_pass.classifier(pooled, masks)
@@ -96,7 +96,7 @@ class CandidateNetwork(nn.Module):
         order = scores.argsort(descending=True)[: rpn.post_nms_topk[False]]
         kept = scores[order] > -torch.inf
         if isinstance(rpn, CausalRPN):
-            kept &= rpn.find_promising(scores[order])
+            kept &= rpn.is_promising(scores[order])
         return boxes[order[kept]]
 
     def _propose_level(

@@ -78,7 +78,7 @@ def export_model(
 
 def describe(cfg: CfgNode, description: ModelDescription, network: CandidateNetwork) -> dict:
     """Return what a client has to know of a model; plain values, which docs/export.md lists."""
-    predictor = network.roi_heads.heads_of(0).classifier.predictor
+    predictor = network.roi_heads.get_pass(0).classifier.predictor
     classes = description.metadata(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     return {
         "version": __version__,

@@ -1,8 +1,8 @@
 from .bag_max import BagMaxMemory
 from .border import clip_boxes, image_corners, inside_image
 from .convolution import FusedConv2d
-from .device import image_of_each, is_exporting, tensor_on
-from .gradient import channels_last_gradient, clip_gradient, pass_gradient, scale_gradient
+from .device import batch_indices, is_exporting, tensor_on
+from .gradient import channels_last_gradient, clip_gradient, scale_gradient, stop_gradient_except
 from .linear import Linear, LinearOfMaps
 from .pooling import max_pool, max_pool_images
 from .precision import HALF_PRECISIONS, HalfPrecisionWeights, at_least_float32
@@ -20,12 +20,12 @@ __all__ = [
     "clip_boxes",
     "clip_gradient",
     "image_corners",
-    "image_of_each",
+    "batch_indices",
     "inside_image",
     "is_exporting",
     "max_pool",
     "max_pool_images",
-    "pass_gradient",
+    "stop_gradient_except",
     "roi_warp",
     "roi_warp_pyramid",
     "roi_warp_pyramid_twice",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .device import image_of_each, tensor_on
+from .device import batch_indices, tensor_on
 
 
 def image_corners(image_sizes: Sequence[tuple[int, int]], counts: Sequence[int], like: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def image_corners(image_sizes: Sequence[tuple[int, int]], counts: Sequence[int],
     if len(image_sizes) == 0:
         return like.new_zeros(0, 4)
     corners = tensor_on(like.device, [[width, height] * 2 for height, width in image_sizes], like.dtype)
-    return corners[image_of_each(counts, like.device)]
+    return corners[batch_indices(counts, like.device)]
 
 
 def inside_image(boxes: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def inside_image(boxes: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
         corners: (R, 4), of their images, see :func:`image_corners`.
 
     Returns:
-        (R, 1), bool, as :func:`~mnc_d2.layers.pass_gradient` takes it.
+        (R, 1), bool, as :func:`~mnc_d2.layers.stop_gradient_except` takes it.
     """
     boxes = boxes.detach()
     return ((boxes >= 0) & (boxes <= corners)).all(dim=1, keepdim=True)

@@ -15,7 +15,7 @@ def tensor_on(device: torch.device, values: Sequence, dtype: torch.dtype | None 
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
-def image_of_each(counts: Sequence[int], device: torch.device) -> torch.Tensor:
+def batch_indices(counts: Sequence[int], device: torch.device) -> torch.Tensor:
     """The number of its image for each of R things that lie one image after another, ``counts`` of each: (R,), int64.
 
     A GPU is not waited for.

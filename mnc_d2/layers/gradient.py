@@ -41,7 +41,7 @@ def channels_last_gradient(x: torch.Tensor) -> torch.Tensor:
     return view
 
 
-def pass_gradient(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+def stop_gradient_except(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """Return the values of ``x``, passing gradient only to the elements where the mask is true.
 
     Args:

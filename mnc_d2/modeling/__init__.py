@@ -1,12 +1,10 @@
-from .backbone import VGG16, TimmBackbone, UnsharedBackbones
-from .caffe import CaffeMultitaskNetworkCascade
+from .backbone import VGG16, TimmBackbone
 from .causal_gradients import CausalGradients
 from .meta_arch import MultitaskNetworkCascade
 from .poolers import CascadePooler, RoIWarpPooler
 from .proposal_generator import CausalRPN
 from .roi_heads import (
     CascadePass,
-    CFMROIHeads,
     MaskedFeatureClassifier,
     MaskFusionHead,
     MaskRegressionHead,
@@ -18,10 +16,8 @@ from .roi_heads import (
 )
 
 __all__ = [
-    "CFMROIHeads",
     "CascadePass",
     "CascadePooler",
-    "CaffeMultitaskNetworkCascade",
     "CausalGradients",
     "CausalRPN",
     "MNCOutputLayers",
@@ -34,7 +30,6 @@ __all__ = [
     "Res5BoxHead",
     "RoIWarpPooler",
     "TimmBackbone",
-    "UnsharedBackbones",
     "VGG16",
     "vote_masks",
 ]

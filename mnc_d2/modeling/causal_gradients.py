@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 
-from ..layers import clip_gradient, inside_image, pass_gradient, scale_gradient
+from ..layers import clip_gradient, inside_image, scale_gradient, stop_gradient_except
 
 
 @dataclass
@@ -50,28 +50,28 @@ class CausalGradients:
             border_gradient=mnc.BORDER_GRADIENT,
         )
 
-    def of_features(self, features: dict[str, torch.Tensor], num_passes: int) -> dict[str, torch.Tensor]:
+    def scale_features(self, features: dict[str, torch.Tensor], num_passes: int) -> dict[str, torch.Tensor]:
         """The features (N, C, H, W), by name, that ``num_passes`` passes share."""
         if not self.scale_feature_gradient:
             return features
         return {name: scale_gradient(x, 1 / num_passes) for name, x in features.items()}
 
-    def of_coordinates(self, proposals: Sequence[Instances], num_classes: int) -> list[Boxes]:
+    def detach_coordinates(self, proposals: Sequence[Instances], num_classes: int) -> list[Boxes]:
         """The boxes of labelled proposals; gradients stay with those RoIs that pass them on."""
         boxes = [x.proposal_boxes.tensor for x in proposals]
         if self.coordinate_gradient == "none":
             boxes = [x.detach() for x in boxes]
         elif self.coordinate_gradient == "foreground":
-            boxes = [pass_gradient(x, (p.gt_classes < num_classes)[:, None]) for x, p in zip(boxes, proposals)]
+            boxes = [stop_gradient_except(x, (p.gt_classes < num_classes)[:, None]) for x, p in zip(boxes, proposals)]
         return [Boxes(x) for x in boxes]
 
     def of_masks(self, masks: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
         """Masks (R, m, m) as the classifier takes them; ``foreground`` (R,) is by mask-level label."""
         if self.mask_gradient == "none":
             return masks.detach()
-        return masks if self.mask_gradient == "all" else pass_gradient(masks, foreground[:, None, None])
+        return masks if self.mask_gradient == "all" else stop_gradient_except(masks, foreground[:, None, None])
 
-    def of_deltas(self, deltas: torch.Tensor, num_images: int) -> torch.Tensor:
+    def clip_deltas(self, deltas: torch.Tensor, num_images: int) -> torch.Tensor:
         """Box deltas of a batch of ``num_images``, as boxes are made of them for a later stage.
 
         The limit is meant for the loss of one image; the loss of a batch is the mean over its images.
@@ -91,4 +91,4 @@ class CausalGradients:
         if self.border_gradient:
             return boxes
         inside = inside_image(boxes, corners)
-        return pass_gradient(boxes, inside if anchors is None else inside & inside_image(anchors, corners))
+        return stop_gradient_except(boxes, inside if anchors is None else inside & inside_image(anchors, corners))

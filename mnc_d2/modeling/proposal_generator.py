@@ -82,7 +82,7 @@ class CausalRPN(RPN):
             proposals = super().predict_proposals(anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes)
             if self.training or self.min_score == 0:
                 return proposals
-            return [x[self.find_promising(x.objectness_logits)] for x in proposals]
+            return [x[self.is_promising(x.objectness_logits)] for x in proposals]
 
         # Only the best of each level can become proposals: no others are decoded.
         best = [x.topk(min(x.shape[1], self.pre_nms_topk[True]), dim=1).indices for x in pred_objectness_logits]
@@ -113,12 +113,12 @@ class CausalRPN(RPN):
         counts = [len(x) for x in proposals]
         anchors, deltas = (torch.cat([x.get(name) for x in proposals]) for name in ("anchor_boxes", "anchor_deltas"))
         corners = image_corners([x.image_size for x in proposals], counts, anchors)
-        boxes = self.box2box_transform.apply_deltas(self.gradients.of_deltas(deltas, len(proposals)), anchors)
+        boxes = self.box2box_transform.apply_deltas(self.gradients.clip_deltas(deltas, len(proposals)), anchors)
         boxes = clip_boxes(self.gradients.at_border(boxes, corners, anchors), corners)
         for proposal, of_image in zip(proposals, boxes.split(counts)):
             proposal.proposal_boxes = Boxes(of_image)
 
-    def find_promising(self, logits: torch.Tensor) -> torch.Tensor:
+    def is_promising(self, logits: torch.Tensor) -> torch.Tensor:
         """Which proposals, given their objectness (R,), highest first, go on to the cascade: (R,), bool."""
         rank = torch.arange(logits.shape[0], device=logits.device)  # torch.export takes no len()
         return (logits.sigmoid() >= self.min_score) | (rank < self.min_proposals)

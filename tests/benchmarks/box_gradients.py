@@ -66,7 +66,7 @@ class Capture:
         self.proposals: list[Instances] = []
         self.predictions: list[Predictions] = []  # of each pass
         heads = model.roi_heads
-        predictor = heads.heads_of(0).classifier.predictor
+        predictor = heads.get_pass(0).classifier.predictor
         self.decode_anchors = model.proposal_generator.box2box_transform.apply_deltas
         self.regress_boxes, self.num_classes = predictor.regress_boxes, heads.num_classes
         self.hooks = [

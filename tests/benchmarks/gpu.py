@@ -203,7 +203,7 @@ def run_stages(bench: Bench) -> None:
     image = make_inputs(1, bench.size)
     stages = [("convolutions", model.backbone), ("stage 1", model.proposal_generator)]
     for index in range(model.roi_heads.num_passes_test):
-        heads = model.roi_heads.heads_of(index)
+        heads = model.roi_heads.get_pass(index)
         stages += [(f"stage {2 * index + 2}", heads.mask_head), (f"stage {2 * index + 3}", heads.classifier)]
     for name, precision, allow in bench.precisions:
         with tf32(allow):

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from measure import median_seconds
 
+from mnc_d2.experiments.caffe import voting as caffe_voting
 from mnc_d2.modeling import vote_masks
-from mnc_d2.modeling.caffe import voting as caffe_voting
 
 IMAGE = (375, 500)
 OBJECTS = 12

@@ -20,7 +20,8 @@ from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.checkpoint.conversion import convert_torchvision_vgg16, copy_to_all
 from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import MNCTrainer
-from mnc_d2.modeling import VGG16, CascadePass, MaskedFeatureClassifier, UnsharedBackbones
+from mnc_d2.experiments import UnsharedBackbones
+from mnc_d2.modeling import VGG16, CascadePass, MaskedFeatureClassifier
 
 FC_DIM = 6
 HIDDEN = (FC_DIM, 512 * 7 * 7)

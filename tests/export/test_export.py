@@ -56,7 +56,7 @@ def checkpoint(small_config, tmp_path_factory):
         }
     )
     model = build_model(cfg)
-    predictor = model.roi_heads.heads_of(0).classifier.predictor
+    predictor = model.roi_heads.get_pass(0).classifier.predictor
     with torch.no_grad():
         for layer, factor in ((predictor.cls_score, 100), (predictor.seg_cls_score, 100), (predictor.bbox_pred, 100)):
             layer.weight *= factor

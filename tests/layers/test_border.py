@@ -3,7 +3,7 @@
 import torch
 from detectron2.structures import Boxes
 
-from mnc_d2.layers import clip_boxes, image_corners, image_of_each, inside_image
+from mnc_d2.layers import batch_indices, clip_boxes, image_corners, inside_image
 
 
 def test_boxes_are_clipped_as_by_detectron2_with_the_same_gradient():
@@ -45,7 +45,7 @@ def test_each_box_has_the_corner_of_its_image():
     corners = image_corners([(10, 20), (7, 7), (30, 40)], [1, 0, 2], like)
     assert corners.dtype == torch.float64
     assert corners.tolist() == [[20, 10, 20, 10], [40, 30, 40, 30], [40, 30, 40, 30]]
-    assert image_of_each([1, 0, 2], torch.device("cpu")).tolist() == [0, 2, 2]
+    assert batch_indices([1, 0, 2], torch.device("cpu")).tolist() == [0, 2, 2]
     assert image_corners([], [], like).shape == (0, 4)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mnc_d2.layers import channels_last_gradient, clip_gradient, pass_gradient
+from mnc_d2.layers import channels_last_gradient, clip_gradient, stop_gradient_except
 
 GRADIENT = torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0])
 
@@ -39,12 +39,12 @@ def test_clip_gradient_takes_constants():
 
 def test_pass_gradient_passes_only_where_true():
     where = torch.tensor([True, False, True, False, True])
-    assert torch.equal(gradient_through(lambda x: pass_gradient(x, where)), GRADIENT * where)
+    assert torch.equal(gradient_through(lambda x: stop_gradient_except(x, where)), GRADIENT * where)
 
 
 def test_pass_gradient_broadcasts_the_mask():
     x = torch.arange(6.0).view(2, 3).requires_grad_()
-    y = pass_gradient(x, torch.tensor([[True], [False]]))
+    y = stop_gradient_except(x, torch.tensor([[True], [False]]))
     y.sum().backward()
     assert torch.equal(y, x)
     assert torch.equal(x.grad, torch.tensor([[1.0] * 3, [0.0] * 3]))

@@ -7,8 +7,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from modeling.inputs import make_inputs
 
-from mnc_d2.modeling import UnsharedBackbones
-from mnc_d2.modeling.backbone import build_unshared_backbone
+from mnc_d2.experiments import UnsharedBackbones
+from mnc_d2.experiments.unshared import build_unshared_backbone
 
 
 @pytest.fixture

@@ -264,7 +264,7 @@ def test_masks_of_background_have_no_graph_and_change_no_gradient(
     for whole in (True, False):
         heads = make_roi_heads(mask_gradient="foreground")
         if whole:
-            heads._train_mask_head = lambda index, features, _, heads=heads: heads.heads_of(index).mask_head(features)
+            heads._train_mask_head = lambda index, features, _, heads=heads: heads.get_pass(index).mask_head(features)
         losses, leaf, _ = run(heads, make_map, make_proposals, make_target)
         sum(losses.values()).backward()
         gradients.append([losses["loss_mask_s2"].detach(), leaf.grad, *(x.grad for x in heads.parameters())])

@@ -13,9 +13,9 @@ import h5py
 import numpy as np
 from programs import CONFIG
 
-from mnc_d2.checkpoint.convert_caffe import main as convert_caffe
-from mnc_d2.data import save_mask_proposals
-from mnc_d2.data.mask_proposals import load_mask_proposals
+from mnc_d2.experiments import save_mask_proposals
+from mnc_d2.experiments.convert_caffe import main as convert_caffe
+from mnc_d2.experiments.mask_proposals import load_mask_proposals
 
 from .common import Case, Code, coco_dataset, flip_bit, run_train_net
 
@@ -133,7 +133,8 @@ def _train(folder: Path, content: bytes | None) -> str | None:
     for name in ("1.npz", "2.npz"):
         save_mask_proposals(folder / name, BOXES, MASKS, SCORES)
     (folder / "2.npz").write_bytes(content) if content is not None else (folder / "2.npz").unlink()
-    run_train_net("--config-file", CONFIG, *coco_dataset(folder), "DATASETS.MASK_PROPOSALS", folder)
+    overrides = "INPUT.DATASET_MAPPER_NAME", "MaskProposalMapper", "DATASETS.MASK_PROPOSALS", folder
+    run_train_net("--config-file", CONFIG, *coco_dataset(folder), *overrides)
     found = load_mask_proposals(folder / "2.npz")
     order = np.argsort(-SCORES)
     same = np.array_equal(found.proposal_boxes.tensor.numpy(), BOXES[order])

@@ -82,4 +82,4 @@ def run_train_net(*arguments: Any) -> str | None:
     at = next((i for i, x in enumerate(arguments) if x == "--dataset"), -4) + 4
     arguments[at:at] = defaults
     with restored_catalogs():
-        run_processes(lambda _: None, parse(arguments), train_net.find_mistake)
+        run_processes(lambda _: None, parse(arguments), train_net.find_input_error)

@@ -33,7 +33,7 @@ OVERRIDES: list[tuple[str, Any]] = [
     *(("INPUT.CROP.SIZE", x) for x in ("[]", "[0, 0]", "[-1, -1]", "['x', 1]", "[1]")),
     *(("DATASETS.TRAIN", x) for x in ("('nowhere',)", "(1,)", "nowhere", "(None,)", "()")),
     *(("DATASETS.TEST", x) for x in ("('nowhere',)", "(1,)", "(None,)")),
-    *(("DATASETS.MASK_PROPOSALS", x) for x in ("nowhere", "\0")),
+    ("INPUT.DATASET_MAPPER_NAME", "MaskProposalMapper"),  # with a folder that does not exist
     *(("MODEL.DEVICE", x) for x in ("cuda", "gpu", "cpu:x", "", "tpu:0", "meta")),
     *(("MODEL.WEIGHTS", x) for x in ("missing.pth", ".", "\0")),
     *(("OUTPUT_DIR", x) for x in ("", "/proc/nowhere", "1.png", "1.png/under", "\0", "a" * 300)),

@@ -1,5 +1,4 @@
 from .cascade_pass import CascadePass
-from .cfm_roi_heads import CFMROIHeads
 from .classifier import MaskedFeatureClassifier
 from .mask_head import MaskFusionHead, MaskRegressionHead
 from .mask_supervision import MaskSupervision
@@ -9,7 +8,6 @@ from .output_layers import MNCOutputLayers
 from .res5_head import Res5BoxHead
 
 __all__ = [
-    "CFMROIHeads",
     "CascadePass",
     "MNCOutputLayers",
     "MNCROIHeads",

@@ -12,7 +12,7 @@ from detectron2.structures import BitMasks, Instances
 from torchvision.ops import roi_align
 
 from ...layers import roi_warp
-from .normalization import mean_over_images
+from .loss_reduction import mean_over_images
 
 
 @dataclass

@@ -145,7 +145,7 @@ class MNCROIHeads(ROIHeads):
         count = 1 if cfg.MODEL.MNC.SHARE_PASSES else cfg.MODEL.MNC.NUM_PASSES_TRAIN
         return [CascadePass.from_config(cfg, channels) for _ in range(count)]
 
-    def heads_of(self, index: int) -> CascadePass:
+    def get_pass(self, index: int) -> CascadePass:
         """The heads of a pass, counted from 0."""
         return self.passes[min(index, len(self.passes) - 1)]
 
@@ -181,7 +181,7 @@ class MNCROIHeads(ROIHeads):
         self, features: dict[str, torch.Tensor], proposals: list[Instances], targets: list[Instances]
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:
         """Run the cascade in training; as :meth:`forward`."""
-        features = self.gradients.of_features(features, self.num_passes_train)
+        features = self.gradients.scale_features(features, self.num_passes_train)
         boxes = [x.proposal_boxes for x in proposals]
         metrics = {f"s1/{name}": value for name, value in recall(boxes, targets).items()}
         losses = {}
@@ -228,7 +228,7 @@ class MNCROIHeads(ROIHeads):
         self, index: int, features: dict[str, torch.Tensor], proposals: list[Instances], targets: list[Instances]
     ) -> tuple[PassOutput, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Run one pass on labelled proposals; return its output, its losses and its accuracies, named by stage."""
-        for proposal, boxes in zip(proposals, self.gradients.of_coordinates(proposals, self.num_classes)):
+        for proposal, boxes in zip(proposals, self.gradients.detach_coordinates(proposals, self.num_classes)):
             proposal.proposal_boxes = boxes
         boxes = [x.proposal_boxes for x in proposals]
         mask_features, pooled = self.pooler(features, boxes, index, self.gradients.mask_coordinate_gradient)
@@ -250,7 +250,7 @@ class MNCROIHeads(ROIHeads):
         CPU they are computed without a graph, in a call of their own, which saves their backward pass. A GPU would be
         waited for, to say how many they are.
         """
-        mask_head = self.heads_of(index).mask_head
+        mask_head = self.get_pass(index).mask_head
         if self.gradients.mask_gradient == "all" or features.device.type != "cpu":
             return mask_head(features)
         count = int(is_foreground.sum())
@@ -284,7 +284,7 @@ class MNCROIHeads(ROIHeads):
         is_foreground = foreground(proposals, self.num_classes)
         is_seg_foreground = seg_classes < self.num_classes
         masks = self.gradients.of_masks(masks, is_seg_foreground)
-        classifier = self.heads_of(index).classifier
+        classifier = self.get_pass(index).classifier
         predictions = classifier(pooled, masks)
         losses = classifier.predictor.losses(predictions, proposals, self.gradients.moving_targets)
         metrics = {
@@ -319,7 +319,7 @@ class MNCROIHeads(ROIHeads):
                 if self.next_pass_min_score > 0:
                     keep = outputs[-1].foreground_probabilities >= self.next_pass_min_score
                     boxes = [x[k] for x, k in zip(boxes, outputs[-1].split(keep))]
-            heads = self.heads_of(index)
+            heads = self.get_pass(index)
             mask_features, pooled = self.pooler(features, boxes, index, memory=memory)
             masks = heads.mask_head(mask_features).sigmoid()
             outputs.append(PassOutput(index, boxes, sizes, masks, *heads.classifier(pooled, masks)))
@@ -330,8 +330,8 @@ class MNCROIHeads(ROIHeads):
         """Regress the boxes of the next pass with the deltas of each box's best class, and clip them to the image."""
         allow_background = self.next_box_background and not self.training
         logits = output.seg_cls_logits if allow_background else output.seg_cls_logits[:, : self.num_classes]
-        deltas = self.gradients.of_deltas(output.deltas, len(output.boxes))
-        predictor = self.heads_of(output.index).classifier.predictor
+        deltas = self.gradients.clip_deltas(output.deltas, len(output.boxes))
+        predictor = self.get_pass(output.index).classifier.predictor
         boxes = output.box_tensor
         regressed = predictor.regress_boxes(boxes, deltas, logits.detach().argmax(dim=1))
         # What is not finite is found later on, by its scores in inference and by its losses in training.
@@ -367,7 +367,7 @@ class MNCROIHeads(ROIHeads):
 
     def detect_instances(self, outputs: list[PassOutput]) -> list[Instances]:
         """Reduce the candidates of all passes to instances by mask voting, see :func:`~mnc_d2.modeling.vote_masks`."""
-        predictor = self.heads_of(0).classifier.predictor  # the thresholds are those of any pass
+        predictor = self.get_pass(0).classifier.predictor  # the thresholds are those of any pass
         return [
             self.vote(
                 *candidates,
@@ -392,7 +392,7 @@ class MNCROIHeads(ROIHeads):
         Returns:
             one Instances per image with ``pred_boxes``, ``scores`` and ``pred_classes``, highest score first.
         """
-        predictor = self.heads_of(0).classifier.predictor
+        predictor = self.get_pass(0).classifier.predictor
         detections, _ = fast_rcnn_inference(
             gather_by_image(outputs, self._class_boxes),
             gather_by_image(outputs, lambda output: output.cls_probabilities),
@@ -405,7 +405,7 @@ class MNCROIHeads(ROIHeads):
 
     def _class_boxes(self, output: PassOutput) -> torch.Tensor:
         """Regress the boxes of a pass for each foreground class: (R, 4 C)."""
-        return self.heads_of(output.index).classifier.predictor.predict_class_boxes(output.box_tensor, output.deltas)
+        return self.get_pass(output.index).classifier.predictor.predict_class_boxes(output.box_tensor, output.deltas)
 
     def forward_with_given_boxes(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
@@ -423,7 +423,7 @@ class MNCROIHeads(ROIHeads):
             return instances
         index = self.num_passes_test - 1
         mask_features, _ = self.pooler(features, [x.pred_boxes for x in instances], index)
-        masks = self.heads_of(index).mask_head(mask_features).sigmoid()
+        masks = self.get_pass(index).mask_head(mask_features).sigmoid()
         for instance, masks_of_image in zip(instances, masks.split([len(x) for x in instances])):
             instance.pred_masks = masks_of_image[:, None]
         return instances

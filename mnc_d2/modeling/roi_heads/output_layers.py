@@ -12,7 +12,7 @@ from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import nn
 
 from ...layers import at_least_float32
-from .normalization import mean_over_images
+from .loss_reduction import mean_over_images
 
 # MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE beside "smooth_l1".
 _BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
@@ -71,7 +71,7 @@ class MNCOutputLayers(FastRCNNOutputLayers):
 
         Returns:
             scalars ``loss_cls``, ``loss_seg_cls`` and ``loss_box_reg``, means over the images of the means over the
-            RoIs of each (:func:`~mnc_d2.modeling.roi_heads.normalization.mean_over_images`).
+            RoIs of each (:func:`~mnc_d2.modeling.roi_heads.loss_reduction.mean_over_images`).
         """
         cls_logits, seg_cls_logits, deltas = predictions
         counts = [len(x) for x in proposals]

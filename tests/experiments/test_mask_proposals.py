@@ -8,14 +8,9 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 
-from mnc_d2.data import (
-    MNCDatasetMapper,
-    check_mask_proposals,
-    mask_proposals_path,
-    register_coco_dataset,
-    save_mask_proposals,
-)
-from mnc_d2.data.mask_proposals import load_mask_proposals, transform_mask_proposals
+from mnc_d2.data import MNCDatasetMapper, build_mapper, register_coco_dataset
+from mnc_d2.experiments import MaskProposalMapper, mask_proposals_path, save_mask_proposals
+from mnc_d2.experiments.mask_proposals import load_mask_proposals, transform_mask_proposals
 
 BOXES = np.array([[10, 20, 30, 50], [0, 0, 8, 8], [40, 5, 60, 25]], np.float32)
 SCORES = np.array([0.2, 0.9, 0.5], np.float32)
@@ -119,17 +114,18 @@ def test_an_array_in_place_of_an_archive_is_named(path):
         load_mask_proposals(path)
 
 
-def test_the_files_of_all_images_are_checked_before(coco_dataset, clean_catalogs, tmp_path):
+def test_the_files_of_all_images_are_checked_before(small_config, coco_dataset, clean_catalogs, tmp_path):
+    cfg = small_config(**{"DATASETS.MASK_PROPOSALS": str(tmp_path)})
     register_coco_dataset("drawn", *coco_dataset)
     for name in ("1.npz", "2.npz"):
         save_mask_proposals(tmp_path / name, BOXES, make_masks(), SCORES)
-    check_mask_proposals(tmp_path, ["drawn"])
+    MaskProposalMapper.check_files(cfg, ["drawn"])
     np.savez(tmp_path / "2.npz", boxes=BOXES[:2], masks=make_masks(), scores=SCORES)
     with pytest.raises(ValueError, match=r"2\.npz: expected boxes"):
-        check_mask_proposals(tmp_path, ["drawn"])
+        MaskProposalMapper.check_files(cfg, ["drawn"])
     (tmp_path / "1.npz").unlink()
     with pytest.raises(FileNotFoundError, match=r"1\.npz do not exist"):
-        check_mask_proposals(tmp_path, ["drawn"])
+        MaskProposalMapper.check_files(cfg, ["drawn"])
 
 
 def paste(proposals, size):
@@ -186,6 +182,7 @@ def test_the_mapper_reads_the_proposals_of_each_image(small_config, coco_dataset
     save_mask_proposals(path, BOXES, make_masks(), SCORES)
     cfg = small_config(
         **{
+            "INPUT.DATASET_MAPPER_NAME": "MaskProposalMapper",
             "DATASETS.MASK_PROPOSALS": str(tmp_path),
             "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": 1,
             "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": 2,
@@ -196,11 +193,11 @@ def test_the_mapper_reads_the_proposals_of_each_image(small_config, coco_dataset
         }
     )
     record = {"file_name": file_name, "height": 96, "width": 96, "image_id": 1, "annotations": []}
-    proposals = MNCDatasetMapper(cfg, is_train=is_train)(record)["proposals"]
+    proposals = build_mapper(cfg, is_train=is_train)(record)["proposals"]
     assert proposals.image_size == (192, 192)
     assert proposals.proposal_boxes.tensor.tolist() == (2 * BOXES[[1, 2]][: 1 if is_train else 2]).tolist()
 
 
-def test_the_mapper_without_a_folder_gives_none(small_config, coco_dataset):
+def test_the_default_mapper_gives_none(small_config, coco_dataset):
     record = {"file_name": str(coco_dataset[1] / "1.png"), "height": 96, "width": 96, "image_id": 1, "annotations": []}
     assert "proposals" not in MNCDatasetMapper(small_config(), is_train=True)(record)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
-from ..roi_heads.mask_voting import find_finite, group_detections, select_detections
+from ...modeling.roi_heads.mask_voting import find_finite, group_detections, select_detections
 from .boxes import pixel_extents
 
 

@@ -17,12 +17,13 @@ from torch import nn
 
 from mnc_d2.data import build_test_resize, register_coco_dataset
 from mnc_d2.engine import MNCTrainer
+from mnc_d2.experiments import CaffeMultitaskNetworkCascade
+from mnc_d2.experiments.caffe import CaffeAnchorGenerator, CaffeMNCROIHeads, CaffeRPN, InclusiveBoxTransform
+from mnc_d2.experiments.caffe.boxes import NetworkInputSize, clip_to_pixels, pixel_extents
+from mnc_d2.experiments.caffe.pasting import paste_masks
+from mnc_d2.experiments.caffe.voting import vote_masks
 from mnc_d2.model_zoo import get_config
-from mnc_d2.modeling import CaffeMultitaskNetworkCascade, MNCOutputLayers
-from mnc_d2.modeling.caffe import CaffeAnchorGenerator, CaffeMNCROIHeads, CaffeRPN, InclusiveBoxTransform
-from mnc_d2.modeling.caffe.boxes import NetworkInputSize, clip_to_pixels, pixel_extents
-from mnc_d2.modeling.caffe.pasting import paste_masks
-from mnc_d2.modeling.caffe.voting import vote_masks
+from mnc_d2.modeling import MNCOutputLayers
 
 CONFIG = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml"
 

@@ -8,7 +8,7 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import nms
 
-from ..proposal_generator import CausalRPN
+from ...modeling.proposal_generator import CausalRPN
 from .boxes import InclusiveBoxTransform, NetworkInputSize, clip_to_pixels, pixel_extents
 
 

@@ -1,6 +1,6 @@
 """The authors' released 5-stage VGG-16 model, from Caffe to this project.
 
-    python -m mnc_d2.checkpoint.convert_caffe mnc_model.caffemodel.h5 mnc_model.pth
+    python -m mnc_d2.experiments.convert_caffe mnc_model.caffemodel.h5 mnc_model.pth
 
 The result is for configs/PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml, and says so: see
 ``mnc_d2.load_predictor``.
@@ -17,10 +17,10 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from ..checkpoint.description import DESCRIPTION_KEY, ModelDescription
 from ..files import open_atomically
 from ..model_zoo import get_config
 from .caffe_model import read_caffe_model
-from .description import DESCRIPTION_KEY, ModelDescription
 
 CONFIG = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml"
 
@@ -70,7 +70,7 @@ def convert_layers(
     the softmax of the two.
 
     Args:
-        layers: as :func:`~mnc_d2.checkpoint.caffe_model.read_caffe_model` returns them.
+        layers: as :func:`~mnc_d2.experiments.caffe_model.read_caffe_model` returns them.
         expected: by layer, the name of the module that gets its parameters, and the shape of its weight.
 
     Returns:
@@ -137,7 +137,7 @@ def convert_file(source: str, target: str, expected: Mapping[str, tuple[str, tup
         the parameters that are not used, "layer/index".
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as :func:`~mnc_d2.checkpoint.caffe_model.read_caffe_model` and
+        FileNotFoundError, ImportError, ValueError: as :func:`~mnc_d2.experiments.caffe_model.read_caffe_model` and
             :func:`convert_layers`; a ValueError names the file.
     """
     layers = read_caffe_model(source)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from mnc_d2.checkpoint import caffe_model
-from mnc_d2.checkpoint.caffe_model import read_caffe_model
-from mnc_d2.checkpoint.convert_caffe import LAYERS, convert_file, convert_layers, main
+from mnc_d2.experiments import caffe_model
+from mnc_d2.experiments.caffe_model import read_caffe_model
+from mnc_d2.experiments.convert_caffe import LAYERS, convert_file, convert_layers, main
 from mnc_d2.model_zoo import get_config
 
 # Two anchors, two classes and the background.

@@ -8,18 +8,67 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from tqdm import tqdm
 
+from ..data import DATASET_MAPPER_REGISTRY, MNCDatasetMapper
 from ..files import open_atomically
 
 MAX_BYTES = 2**30  # of an array: a small file can claim, and unpack to, any size
 _SUPPORTED_TRANSFORMS = (T.NoOpTransform, T.ResizeTransform, T.HFlipTransform, T.VFlipTransform, T.CropTransform)
+
+
+@DATASET_MAPPER_REGISTRY.register()
+class MaskProposalMapper(MNCDatasetMapper):
+    """The project's mapper, with the mask proposals of each image as "proposals"."""
+
+    @configurable
+    def __init__(self, is_train: bool, *, folder: str, limit: int, **kwargs: Any) -> None:
+        """
+        Args:
+            is_train: as for :class:`~mnc_d2.data.MNCDatasetMapper`.
+            folder: of the mask proposals, see :func:`mask_proposals_path`.
+            limit: at most this many of them are given, the best.
+            kwargs: as for :class:`~mnc_d2.data.MNCDatasetMapper`.
+        """
+        super().__init__(is_train, **kwargs)
+        self.folder = folder
+        self.limit = limit
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        datasets = cfg.DATASETS
+        limits = datasets.PRECOMPUTED_PROPOSAL_TOPK_TEST, datasets.PRECOMPUTED_PROPOSAL_TOPK_TRAIN
+        return {**super().from_config(cfg, is_train), "folder": datasets.MASK_PROPOSALS, "limit": limits[is_train]}
+
+    @classmethod
+    def check_files(cls, cfg: CfgNode, dataset_names: Iterable[str]) -> None:
+        """Check, without reading them, that the mask proposals of all images of datasets are there and whole.
+
+        On a terminal a bar shows the progress.
+
+        Raises:
+            FileNotFoundError, ValueError: as of :func:`load_mask_proposals`, of the first file that is missing or bad.
+        """
+        for name in dataset_names:
+            for record in tqdm(DatasetCatalog.get(name), f"{name}, mask proposals", unit=" images", disable=None):
+                check_mask_proposals_file(mask_proposals_path(cfg.DATASETS.MASK_PROPOSALS, record["file_name"]))
+
+    def add_proposals(self, record: dict[str, Any], transforms: T.TransformList, image_size: tuple[int, int]) -> None:
+        """As :meth:`MNCDatasetMapper.add_proposals`, see :func:`transform_mask_proposals`.
+
+        Raises:
+            FileNotFoundError, ValueError: as of :func:`load_mask_proposals`.
+        """
+        proposals = load_mask_proposals(mask_proposals_path(self.folder, record["file_name"]), self.limit)
+        record["proposals"] = transform_mask_proposals(proposals, transforms, image_size)
 
 
 def mask_proposals_path(folder: str | os.PathLike, image_file: str | os.PathLike) -> Path:
@@ -78,23 +127,6 @@ def load_mask_proposals(path: str | os.PathLike, limit: int | None = None) -> In
     proposals.objectness_logits = torch.from_numpy(arrays["scores"][order])
     proposals.proposal_masks = masks.float() if masks.dtype == torch.bool else masks.float() / 255
     return proposals
-
-
-def check_mask_proposals(folder: str | os.PathLike, dataset_names: Iterable[str]) -> None:
-    """Check, without reading them, that the files of mask proposals of all images of datasets are there and whole.
-
-    On a terminal a bar shows the progress.
-
-    Args:
-        folder: DATASETS.MASK_PROPOSALS.
-        dataset_names: registered datasets.
-
-    Raises:
-        FileNotFoundError, ValueError: as of :func:`load_mask_proposals`, of the first file that is missing or bad.
-    """
-    for name in dataset_names:
-        for record in tqdm(DatasetCatalog.get(name), f"{name}, mask proposals", unit=" images", disable=None):
-            check_mask_proposals_file(mask_proposals_path(folder, record["file_name"]))
 
 
 def check_mask_proposals_file(path: str | os.PathLike) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...layers import image_of_each, tensor_on
+from ...layers import batch_indices, tensor_on
 
 
 def mean_over_images(losses: torch.Tensor, counts: Sequence[int], where: torch.Tensor | None = None) -> torch.Tensor:
@@ -23,7 +23,7 @@ def mean_over_images(losses: torch.Tensor, counts: Sequence[int], where: torch.T
     Returns:
         (...), dtype of ``losses``; 0 for no image.
     """
-    image = image_of_each(counts, losses.device)
+    image = batch_indices(counts, losses.device)
     numbers = tensor_on(losses.device, counts, losses.dtype)
     if where is not None:
         where = where.to(losses)

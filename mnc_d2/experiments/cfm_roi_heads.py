@@ -7,11 +7,10 @@ from detectron2.config import configurable
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from .cascade_pass import CascadePass
-from .mask_supervision import crop_masks, mask_targets
-from .metrics import log_metrics
-from .mnc_roi_heads import MNCROIHeads
-from .outputs import PassOutput
+from ..modeling import CascadePass, MNCROIHeads
+from ..modeling.roi_heads.mask_supervision import crop_masks, mask_targets
+from ..modeling.roi_heads.metrics import log_metrics
+from ..modeling.roi_heads.outputs import PassOutput
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -57,7 +56,7 @@ class CFMROIHeads(MNCROIHeads):
         boxes, masks = [x.proposal_boxes for x in proposals], torch.cat(_given_masks(proposals))
         _, pooled = self.pooler(features, boxes, 0)
         sizes = [x.image_size for x in proposals]
-        return [PassOutput(0, boxes, sizes, masks, *self.heads_of(0).classifier(pooled, masks))]
+        return [PassOutput(0, boxes, sizes, masks, *self.get_pass(0).classifier(pooled, masks))]
 
     def forward_with_given_boxes(
         self, features: dict[str, torch.Tensor], instances: list[Instances]

@@ -12,13 +12,13 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from mnc_d2.checkpoint import MNCCheckpointer
-from mnc_d2.checkpoint.convert_caffe import main as convert
 from mnc_d2.data import build_test_resize, exact_scale, scaled_size
+from mnc_d2.experiments.caffe.boxes import clip_to_pixels
+from mnc_d2.experiments.caffe.pasting import paste_masks
+from mnc_d2.experiments.caffe.roi_heads import resize_masks
+from mnc_d2.experiments.caffe.voting import vote_masks
+from mnc_d2.experiments.convert_caffe import main as convert
 from mnc_d2.model_zoo import get_config
-from mnc_d2.modeling.caffe.boxes import clip_to_pixels
-from mnc_d2.modeling.caffe.pasting import paste_masks
-from mnc_d2.modeling.caffe.roi_heads import resize_masks
-from mnc_d2.modeling.caffe.voting import vote_masks
 
 FOLDER = Path(__file__).parents[3] / "shared" / "golden"
 CONFIG = "PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage_caffe.yaml"

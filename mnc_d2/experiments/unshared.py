@@ -1,4 +1,4 @@
-"""A backbone for each task, which shares nothing: the first row of the paper's ablation."""
+"""A backbone for each task, which shares nothing: the first row of the paper's ablation (Table 1)."""
 
 from __future__ import annotations
 

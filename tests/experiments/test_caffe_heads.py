@@ -8,12 +8,12 @@ import torch
 from detectron2.structures import Boxes
 from modeling.caffe_reference import random_boxes, slow_decode, slow_iou
 
+from mnc_d2.experiments.caffe import CaffeMNCROIHeads, InclusiveBoxTransform
+from mnc_d2.experiments.caffe.boxes import NetworkInputSize
+from mnc_d2.experiments.caffe.roi_heads import CaffeCascadePooler, resize_masks
+from mnc_d2.experiments.caffe.voting import vote_masks
 from mnc_d2.layers import roi_warp
 from mnc_d2.modeling import RoIWarpPooler
-from mnc_d2.modeling.caffe import CaffeMNCROIHeads, InclusiveBoxTransform
-from mnc_d2.modeling.caffe.boxes import NetworkInputSize
-from mnc_d2.modeling.caffe.roi_heads import CaffeCascadePooler, resize_masks
-from mnc_d2.modeling.caffe.voting import vote_masks
 from mnc_d2.modeling.roi_heads.outputs import PassOutput
 
 

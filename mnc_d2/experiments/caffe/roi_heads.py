@@ -11,9 +11,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 from detectron2.structures import Boxes, Instances
 
-from ..poolers import CascadePooler, RoIWarpPooler
-from ..roi_heads import CascadePass, MNCROIHeads
-from ..roi_heads.outputs import PassOutput
+from ...modeling.poolers import CascadePooler, RoIWarpPooler
+from ...modeling.roi_heads import CascadePass, MNCROIHeads
+from ...modeling.roi_heads.outputs import PassOutput
 from .boxes import InclusiveBoxTransform, clip_to_pixels, pixel_extents
 from .voting import vote_masks
 

@@ -10,7 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 
 from ...data import exact_scale, scaled_size
-from ..meta_arch import MultitaskNetworkCascade
+from ...modeling.meta_arch import MultitaskNetworkCascade
 from .boxes import NetworkInputSize, pixel_extents
 from .pasting import paste_masks
 

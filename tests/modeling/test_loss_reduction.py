@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mnc_d2.modeling.roi_heads.normalization import mean_over_images
+from mnc_d2.modeling.roi_heads.loss_reduction import mean_over_images
 
 LOSSES = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
 

@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 from modeling.inputs import SIZE, make_inputs
 from torch import nn
 
-from mnc_d2.modeling import CFMROIHeads
+from mnc_d2.experiments import CFMROIHeads
 
 GT = [[8.0, 8.0, 24.0, 24.0], [32.0, 28.0, 56.0, 44.0]]
 # On the first instance, on the second, on nothing.
