@@ -17,7 +17,7 @@ def open_atomically(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iter
     Args:
         path: where the file goes; its folder must be there.
         mode: "w" or "wb".
-        kwargs: those of ``open``.
+        kwargs: for ``open``.
     """
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:

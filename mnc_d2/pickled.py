@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +19,8 @@ class _DType:
     def __init__(self, code: str, *_: Any) -> None:
         if not isinstance(code, str) or not _NUMERIC.fullmatch(code):
             raise pickle.UnpicklingError(f"it has an array of type {code!r}, where only numbers are admitted")
-        self._code, self._order = code, "="
+        self._code = code
+        self._order: Literal["<", ">", "=", "|"] = "="
 
     def __setstate__(self, state: tuple) -> None:
         if state[1] not in ("<", ">", "=", "|"):
@@ -42,7 +44,9 @@ class _Array:
         self.array = _from_buffer(data, dtype, shape, "F" if by_columns else "C")
 
 
-def _from_buffer(data: bytes | str, dtype: _DType, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
+def _from_buffer(
+    data: bytes | str, dtype: _DType, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
+) -> np.ndarray:
     return dtype.decode(data).reshape(shape, order=order)
 
 
@@ -58,7 +62,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 # NumPy 1 has the modules of "numpy.core" that NumPy 2 has in "numpy._core".
-_ADMITTED = {
+_ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "dtype"): _DType,
     ("numpy", "ndarray"): _Array,
     ("_codecs", "encode"): _encode,
@@ -104,7 +108,7 @@ def read_pickle(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _finish(value: Any, done: dict[int, Any]) -> Any:
-    """Return a value of the file with NumPy's arrays in it; ``done`` has those of before, by their id."""
+    """Return a value of the file with NumPy's arrays in it; ``done`` has the earlier ones, by their id."""
     if id(value) not in done:
         finished = value
         if isinstance(value, _Array):

@@ -24,7 +24,7 @@ def seed_all(*key: int) -> None:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Draw on the CPU as after :func:`seed_all`; afterwards the states are those of before."""
+    """Draw on the CPU as after :func:`seed_all`; afterwards the states are as before."""
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         _seed_cpu(key)

@@ -77,7 +77,7 @@ class InstanceVisualizer(Visualizer):
         return color
 
     def _draw_labels(self, boxes: np.ndarray, labels: Sequence[str], colors: Sequence) -> None:
-        """Draw labels of boxes (N, 4) where they hide least, those of small boxes first."""
+        """Draw labels of boxes (N, 4) where they hide least, small boxes first."""
         taken = np.zeros((0, 4))
         font_size = _FONT_SIZE / self.output.scale  # which draw_text multiplies again
         for i in np.argsort(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind="stable"):

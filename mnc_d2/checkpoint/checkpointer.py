@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from iopath.common.file_io import PathManager
 from tabulate import tabulate
 
 from ..files import open_atomically
@@ -38,6 +39,8 @@ class MNCCheckpointer(DetectionCheckpointer):
       is resumed, those that are not of its whole model;
     - says in a table how much of each module was loaded. The names of what was not are in Detectron2's own messages.
     """
+
+    path_manager: PathManager | _AtomicWrites
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -90,7 +93,7 @@ class MNCCheckpointer(DetectionCheckpointer):
         tagged = self._tagged_file()
         if tagged is not None:
             newest_first = [tagged, *(x for x in newest_first if x != tagged)]
-        problems = []
+        problems: list[str] = []
         for path in newest_first:
             iteration = found.get(path, "is not in the folder" if os.path.exists(path) else "does not exist")
             problem = iteration if isinstance(iteration, str) else _find_problem(path)
@@ -156,13 +159,12 @@ class MNCCheckpointer(DetectionCheckpointer):
             if "model" in content and "__author__" in content:
                 _check_weights(filename, content["model"])
                 return content
-            weights = content.get("blobs", content)  # of Detectron, whose ImageNet models have no "blobs"
-            _check_weights(filename, weights)
+            # Detectron's ImageNet models have no "blobs".
+            weights = _check_weights(filename, content.get("blobs", content))
             weights = {name: x for name, x in weights.items() if not name.endswith("_momentum")}
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):
-            weights = _read_torch(filename).get("model_state")
-            _check_weights(filename, weights)
+            weights = _check_weights(filename, _read_torch(filename).get("model_state"))
             weights = {name: x for name, x in weights.items() if not name.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         return super()._load_file(filename)
@@ -181,7 +183,7 @@ class MNCCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        """Bring the names in the checkpoint to those of the model, then load as Detectron2 does."""
+        """Bring the names in the checkpoint to the model's, then load as Detectron2 does."""
         if not checkpoint["model"]:
             raise ValueError(f"The checkpoint {self._source} holds no weights.")
         model_keys = list(self.model.state_dict())
@@ -217,7 +219,7 @@ class MNCCheckpointer(DetectionCheckpointer):
                 f"{first_few(incompatible.missing_keys, 3)}. "
                 "Resume with the config that the training was started with."
             )
-        # Shapes that do not fit are those of other classes, mostly, from which a training may well start.
+        # Shapes that do not fit come from other classes, mostly, from which a training may well start.
         if state and len(incompatible.missing_keys) == len(state) and not shapes:
             raise ValueError(f"The checkpoint {self._source} has nothing for this model: no name of a tensor agrees.")
         broken = _not_finite(state)
@@ -261,7 +263,7 @@ def module_of(key: str) -> str:
 
 
 def _read_torch(path: str) -> dict[str, Any]:
-    """Read a dict from a file of ``torch.save``; errors are those of :meth:`MNCCheckpointer._torch_load`."""
+    """Read a dict from a file of ``torch.save``; errors are :meth:`MNCCheckpointer._torch_load`'s."""
     damage = _find_damage(path)
     if damage:
         raise ValueError(f"The checkpoint {path} {damage}.")
@@ -279,8 +281,8 @@ def _read_torch(path: str) -> dict[str, Any]:
     return loaded
 
 
-def _check_weights(path: str, weights: Any) -> None:
-    """Raise a ValueError if the weights of a checkpoint are not tensors or arrays by name."""
+def _check_weights(path: str, weights: Any) -> Mapping[str, torch.Tensor | np.ndarray]:
+    """Return the weights of a checkpoint; raise a ValueError if they are not tensors or arrays by name."""
     if not isinstance(weights, Mapping):
         raise ValueError(f"The checkpoint {path} holds a {type(weights).__name__} where a state dict should be.")
     for name, value in weights.items():
@@ -289,6 +291,7 @@ def _check_weights(path: str, weights: Any) -> None:
             kind = "sparse tensor" if value.layout != torch.strided else "tensor without content"
         if kind or not isinstance(name, str):
             raise ValueError(f"The checkpoint {path} holds a {kind or 'tensor'} {name!r} among the weights.")
+    return weights
 
 
 def _find_damage(path: str) -> str | None:

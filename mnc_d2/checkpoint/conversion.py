@@ -1,4 +1,4 @@
-"""From the parameter names of pretrained networks to those of this project's models."""
+"""From the parameter names of pretrained networks to this project's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rename_heads_of_passes(state_dict: dict[str, torch.Tensor], model_keys: Iter
     """Rename the parameters of a cascade that was saved before ``roi_heads.passes`` held the heads of each pass.
 
     Args:
-        state_dict: tensors by name; those of other modules keep their names.
+        state_dict: tensors by name; other modules' keep their names.
         model_keys: the names in the model's state dict.
     """
     model_keys = set(model_keys)

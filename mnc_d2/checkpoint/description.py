@@ -34,7 +34,7 @@ class ModelDescription:
         category_ids: the dataset's own id of each class; empty where it has none.
         dataset: the name of the training set.
         version: of this project, when the checkpoint was written.
-        metrics: the newest value of every scalar that the training logged, those of evaluations among them.
+        metrics: the newest value of every scalar that the training logged, results of evaluations among them.
     """
 
     config: str
@@ -47,7 +47,7 @@ class ModelDescription:
 
     @classmethod
     def of_config(cls, cfg: CfgNode) -> ModelDescription:
-        """Describe a model that is trained by a config, without metrics; classes are those of the datasets in it."""
+        """Describe a model that is trained by a config, without metrics; classes are from the datasets in it."""
         name = next(iter((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)), "")
         # Asking for metadata of a name would register it. Plain attributes: asking a shapes dataset for its file would
         # draw it.
@@ -169,12 +169,12 @@ def _check_classes(path: str, description: ModelDescription, num_classes: int) -
 
 
 def read_checkpoint(file: str) -> dict[str, Any]:
-    """Read a whole checkpoint of tensors and plain values; the errors are those of :class:`MNCCheckpointer`."""
+    """Read a whole checkpoint of tensors and plain values; the errors are :class:`MNCCheckpointer`'s."""
     return MNCCheckpointer(torch.nn.Identity())._torch_load(file)
 
 
 def record_metrics(file: str, metrics: dict[str, float]) -> None:
-    """Replace the metrics in a checkpoint, such as those of an evaluation that ended after it was written."""
+    """Replace the metrics in a checkpoint, such as with results of an evaluation that ended after it was written."""
     checkpoint = read_checkpoint(file)
     checkpoint[DESCRIPTION_KEY] = {**checkpoint.get(DESCRIPTION_KEY, {}), "metrics": metrics}
     with open_atomically(file) as target:
@@ -194,7 +194,7 @@ class CompleteCheckpointer(MNCCheckpointer):
             ValueError: the model has others, in number or shape, or some are not finite; the message names them.
         """
         incompatible = super()._load_model(checkpoint)
-        where = f"The checkpoint {self._parsed_url_during_load.geturl()} does not fit the model"
+        where = f"The checkpoint {self._source} does not fit the model"
         if incompatible.incorrect_shapes:
             shapes = [
                 f"{name} is {tuple(found)} in the checkpoint and {tuple(wanted)} in the model"
@@ -209,7 +209,7 @@ class CompleteCheckpointer(MNCCheckpointer):
         broken = [name for name, x in self.model.state_dict().items() if not torch.isfinite(x).all()]
         if broken:
             raise ValueError(
-                f"The checkpoint {self._parsed_url_during_load.geturl()} has weights that are not finite: "
+                f"The checkpoint {self._source} has weights that are not finite: "
                 f"{first_few(broken, 3)}. Take one that was written before the training diverged."
             )
         return incompatible

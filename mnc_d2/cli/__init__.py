@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module in COMMANDS.items():
         command = commands.add_parser(
             name,
-            help=module.__doc__.splitlines()[0],
+            help=(module.__doc__ or name).splitlines()[0],  # python -OO has no docstrings
             description=module.__doc__,
             epilog=f"example:\n{module.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what is wrong with the input ends it with one sentence.
 
     Args:
-        arguments: those of the command line; None for ``sys.argv``.
+        arguments: of the command line; None for ``sys.argv``.
     """
     args = build_parser().parse_args(arguments)
     warnings.filterwarnings("ignore", r"torch\.meshgrid: ", UserWarning)  # of Detectron2's anchors

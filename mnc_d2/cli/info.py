@@ -64,7 +64,7 @@ def describe(cfg: CfgNode, description: ModelDescription) -> list[tuple[str, str
 
 def count_parameters(model: torch.nn.Module) -> list[tuple[str, str]]:
     """Return the number of parameters, of all and of each part, as rows of a table."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts[module_of(name)] += parameter.numel()
     rows = [("parameters", f"{sum(counts.values()):,}")]

@@ -37,7 +37,8 @@ def list_inputs(inputs: Sequence[str], output: str) -> dict[str, str]:
             paths.append(path)
         else:
             raise FileNotFoundError(f"The image, video or folder {path} does not exist.")
-    by_picture, originals = {}, {os.path.realpath(path) for path in paths}
+    by_picture: dict[str, str] = {}
+    originals = {os.path.realpath(path) for path in paths}
     for path in paths:
         stem = os.path.splitext(os.path.basename(path))[0]
         picture = os.path.join(output, stem + (".mp4" if is_video(path) else ".png"))

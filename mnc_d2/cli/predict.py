@@ -103,8 +103,8 @@ class _Run:
         writer, index = None, 0
         try:
             for batch in _batches(((path, frame) for frame in frames), self.batch):
-                batch = [frame for _, frame in batch]
-                for frame, instances in zip(batch, self.predict(batch)):
+                images = [frame for _, frame in batch]
+                for frame, instances in zip(images, self.predict(images)):
                     self.output.add(path, instances, frame=index)
                     picture = self.draw(frame, instances)
                     if writer is None:
@@ -122,7 +122,7 @@ class _Run:
 
 
 def _batches(images: Iterable[tuple[str, np.ndarray]], size: int) -> Iterator[list[tuple[str, np.ndarray]]]:
-    """Group images that follow one another: padding those of several sizes to one would change their results."""
+    """Group images that follow one another: padding several sizes to one would change their results."""
     for _, same in groupby(images, key=lambda pair: pair[1].shape):
         while batch := list(islice(same, size)):
             yield batch
@@ -137,7 +137,7 @@ def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
 
 
 def _open_writer(path: str, rate: float, shape: tuple[int, ...]) -> cv2.VideoWriter:
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), rate or 25.0, (shape[1], shape[0]))
+    writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), rate or 25.0, (shape[1], shape[0]))
     if not writer.isOpened():
         raise OSError(f"OpenCV cannot write {path}.")
     return writer

@@ -35,6 +35,7 @@ class CheckedDataset:
         json_file, image_root = os.path.abspath(json_file), os.path.abspath(image_root)
         name = hashlib.sha256(f"{json_file}\n{image_root}".encode(errors="surrogateescape")).hexdigest()
         self._path = Path(get_cache_dir(), "mnc_d2", "checked", f"{name}.json")
+        self._state: str | None = None
         state, newest = hashlib.sha256(), 0.0
         try:
             for path in checks:
@@ -44,8 +45,8 @@ class CheckedDataset:
                 state.update(f"{path}\n{status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
                 newest = max(newest, status.st_mtime)
             self._state = state.hexdigest()
-        except (OSError, ValueError):  # a missing image, a name that cannot be one: for the check to say
-            self._state = None
+        except (OSError, ValueError):
+            pass  # a missing image, a name that cannot be one: for the check to say
         self._settled = newest < time.time() - _SETTLED
 
     def recall(self) -> list[int] | None:

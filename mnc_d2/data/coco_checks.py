@@ -6,7 +6,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from tqdm import tqdm
 
@@ -26,9 +26,7 @@ _EMPTY = (NO_PIXEL, _NO_AREA)
 _MODULES = (__file__, image_files.__file__, masks.__file__)
 
 
-def check_coco_dataset(
-    json_file: str, image_root: str, files: bool = True
-) -> tuple[dict[str, list[dict[str, Any]]], list[int]]:
+def check_coco_dataset(json_file: str, image_root: str, files: bool = True) -> tuple[dict[str, Any], list[int]]:
     """Read a file in COCO's instance format and check all of it, if it or an image has changed since the last time.
 
     Args:
@@ -58,7 +56,7 @@ def check_coco_dataset(
     return dataset, empty
 
 
-def read_coco_file(json_file: str) -> dict[str, list[dict[str, Any]]]:
+def read_coco_file(json_file: str) -> dict[str, Any]:
     """Read annotations and check their outline: a dict with three lists of dicts that have unique ids.
 
     Raises:
@@ -92,7 +90,7 @@ def _is_id(value: Any) -> bool:
     return is_integer(value) and -(2**63) <= value < 2**63
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether a value of a JSON file is a string that can be printed: JSON can hold half a character."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
@@ -232,7 +230,8 @@ def _find_box_problem(bbox: Any, height: int, width: int) -> str | None:
 
 
 def _repeated(ids: Iterable[Any]) -> list[Any]:
-    seen, repeated = set(), {}
+    seen: set[Any] = set()
+    repeated: dict[Any, None] = {}  # a set in the order of the ids
     for i in ids:
         if i in seen:
             repeated[i] = None

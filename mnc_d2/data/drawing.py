@@ -193,7 +193,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
         patches = (rng.normal(size=(*grid, 1)) + rng.normal(size=(*grid, 3))) * rng.uniform(1, 8)
         for channel in range(3):
             patch = Image.fromarray(patches[..., channel].astype(np.float32))
-            canvas[..., channel] += np.asarray(patch.resize((width, height), Image.BICUBIC))
+            canvas[..., channel] += np.asarray(patch.resize((width, height), Image.Resampling.BICUBIC))
     return canvas
 
 

@@ -63,7 +63,7 @@ def open_image(path: str | os.PathLike, content: IO[bytes] | None = None) -> Ite
     try:
         opened = PathManager.open(os.fspath(path), "rb") if content is None else contextlib.nullcontext(content)
         with opened as file, warnings.catch_warnings():
-            # Twice as many pixels as those of the warning are an error.
+            # Twice as many pixels as for the warning are an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 _refuse(image)

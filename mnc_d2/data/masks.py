@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sized
+from typing import Any, TypeVar
 
 import numpy as np
 import pycocotools.mask as mask_util
 
 MAX_REACH = 4  # image sizes that coordinates may reach out of the image
 NO_PIXEL = "whose segmentation covers no pixel"
+
+_Polygon = TypeVar("_Polygon", bound=Sized)
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -20,7 +23,7 @@ def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     return segmentation
 
 
-def valid_polygons(polygons: list[list[float]]) -> list[list[float]]:
+def valid_polygons(polygons: list[_Polygon]) -> list[_Polygon]:
     """Return those that Detectron2 takes: three points or more, an even number of coordinates."""
     return [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
 
@@ -40,8 +43,8 @@ def find_mask_problem(segmentation: Any, height: int, width: int) -> str | None:
 
 
 def _find_polygon_problem(polygons: list[Any], height: int, width: int) -> str | None:
-    arrays = [finite_numbers(polygon) for polygon in polygons]
-    if any(array is None for array in arrays):
+    arrays = [array for array in map(finite_numbers, polygons) if array is not None]
+    if len(arrays) < len(polygons):
         return "with a polygon that is not a list of finite numbers"
     # COCO has polygons of many parts with a degenerate one among them: Detectron2 leaves such parts out.
     if not valid_polygons(polygons):

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import uuid
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -97,7 +98,8 @@ def _write(folder: str, spec: ShapesSpec) -> None:
     image_root = os.path.join(folder, "images")
     os.makedirs(image_root)
     height, width = spec.image_size
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index in range(spec.num_images):
         image, instances = draw_image(spec, index)
         image_id = index + 1

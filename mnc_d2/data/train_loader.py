@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.utils.data
@@ -58,7 +58,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        records: torch.utils.data.Dataset,
+        records: Sequence[dict],
         mapper: Callable[[dict], dict | None],
         sampler: Iterable[int],
         *,
@@ -69,9 +69,9 @@ class TrainLoader:
     ) -> None:
         """
         Args:
-            records: map-style dataset in Detectron2's format.
+            records: of the images, in Detectron2's format.
             mapper: from a record to an input of the model.
-            sampler: endless indices of records for this process: every n-th of those of all n processes.
+            sampler: endless indices of records for this process: every n-th of the n processes' common stream.
             seed: of what is drawn for the images; not negative.
             batch_size: images to a batch of this process.
             aspect_ratio_grouping: whether a batch has only images that are wider than high, or only others.
@@ -98,7 +98,7 @@ class TrainLoader:
         return iter(loader)
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield batches of images, each as its position among those of all processes and its index."""
+        """Yield batches of images, each as its position in the processes' common stream and its index."""
         positions = itertools.count(comm.get_rank(), comm.get_world_size())
         images = zip(positions, self._sampler)
         if self._sizes is None:

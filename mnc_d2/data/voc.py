@@ -1,4 +1,4 @@
-"""PASCAL VOC with instance masks, those of SBD and its own, and with boxes only; unions for mixed supervision.
+"""PASCAL VOC with instance masks, SBD's and its own, and with boxes only; unions for mixed supervision.
 
 The files are written by :mod:`mnc_d2.data.prepare` (``datasets/prepare_voc.py``, ``datasets/prepare_sbd.py``).
 Detectron2 itself registers ``voc_2007_trainval`` and the like, which read boxes from the XML files.
@@ -37,7 +37,7 @@ class VOCSet:
 
     Attributes:
         folder: "VOC2007" or "VOC2012", under the root of all datasets.
-        source: "sds": instance masks of SBD; "seg": those of VOC's SegmentationObject; "boxes": boxes of the XML files.
+        source: "sds": instance masks of SBD; "seg": of VOC's SegmentationObject; "boxes": boxes of the XML files.
         image_set: name of the list in ImageSets/Main, for "seg" in ImageSets/Segmentation.
         num_images: the official number of images.
     """
@@ -87,7 +87,7 @@ VOC_UNIONS = {
 def voc_palette(size: int = 256) -> np.ndarray:
     """Return VOC's colours by index, 0 the background: uint8 RGB (size, 3).
 
-    Bits 0, 3, 6 of the index are the highest bits of red, bits 1, 4, 7 those of green, bits 2, 5 those of blue.
+    Bits 0, 3, 6 of the index are the highest bits of red, bits 1, 4, 7 green's, bits 2, 5 blue's.
     """
     index = np.arange(size)
     colours = np.zeros((size, 3), dtype=np.uint8)

@@ -60,8 +60,9 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
             self.checkpointer.remove_old(self._keep)
         told = [x for x in comm.all_gather(self._signal) if x is not None]
         self._in_step = False
-        if told or self._signal is not None:  # that of this moment
-            self._stop(told[0] if told else self._signal)
+        number = told[0] if told else self._signal  # which may have come since
+        if number is not None:
+            self._stop(number)
 
     def restore_handlers(self) -> None:
         """Leave signals to those who had them before the training."""

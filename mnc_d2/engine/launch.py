@@ -81,7 +81,8 @@ def _run_launched(main: Callable[[argparse.Namespace], None], args: argparse.Nam
 
 def _forward(number: int, frame) -> None:
     for process in multiprocessing.active_children():
-        os.kill(process.pid, number)
+        if process.pid is not None:
+            os.kill(process.pid, number)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def train(cfg: CfgNode, resume: bool, more_hooks: Sequence[HookBase] = (), comma
     Args:
         cfg: the config of the run.
         resume: whether to go on with what is in OUTPUT_DIR.
-        more_hooks: after those of the trainer.
+        more_hooks: after the trainer's.
         command_words: words of the command line before its options, for the advice how to resume.
 
     Returns:

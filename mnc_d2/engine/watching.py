@@ -24,6 +24,8 @@ class KeepBest(BestCheckpointer):
     It saves weights alone, without the state to train on from, and leaves it to other checkpoints to be the last one.
     """
 
+    _val_metric: str
+
     def __init__(self, eval_period: int, checkpointer: MNCCheckpointer, metric: str) -> None:
         """
         Args:

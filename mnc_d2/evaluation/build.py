@@ -20,15 +20,15 @@ EVALUATOR_REGISTRY = Registry("EVALUATOR")
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluators:
-    """Return the evaluators of a dataset: that of its protocol, pictures where TEST.NUM_PICTURES asks for some, and
-    those of TEST.MORE_EVALUATORS.
+    """Return the evaluators of a dataset: its protocol's, pictures where TEST.NUM_PICTURES asks for some, and
+    TEST.MORE_EVALUATORS.
 
     Where MODEL.MNC.OUTPUTS has "box_instances", these are evaluated too, by the same protocol.
 
     Args:
         cfg: the config of the run.
         dataset_name: a registered dataset.
-        output_folder: where predictions and pictures are written to; those of "box_instances" into ``box_level`` in it.
+        output_folder: where predictions and pictures are written to; "box_instances" into ``box_level`` in it.
 
     Raises:
         FileNotFoundError: the dataset's annotations are not there.

@@ -37,8 +37,8 @@ class CocoOutput:
         self.images.append(image if frame is None else {**image, "frame": frame})
         found = ImagePredictions.from_instances(instances, with_masks=True)
         rows = range(len(found.scores))
-        masks = [None] * len(rows) if found.counts is None else found.regions("sds", rows)
-        for i, box, mask in zip(rows, found.regions("bbox", rows).tolist(), masks):
+        masks = [None] * len(rows) if found.counts is None else found.masks(rows)
+        for i, box, mask in zip(rows, found.boxes_by_size(rows).tolist(), masks):
             annotation = {
                 "id": len(self.annotations) + 1,
                 "image_id": image["id"],

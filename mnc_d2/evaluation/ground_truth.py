@@ -108,7 +108,9 @@ def _from_json(json_file: str, metadata) -> GroundTruth:
         raise ValueError(f"{json_file} has no annotations: there is nothing to evaluate predictions with.")
     names = {category["id"]: category["name"] for category in dataset["categories"]}
     # What Detectron2 does with a dataset that says nothing else.
-    mapping = metadata.get("thing_dataset_id_to_contiguous_id") or {i: k for k, i in enumerate(sorted(names))}
+    mapping: dict[int, int] = metadata.get("thing_dataset_id_to_contiguous_id") or {
+        i: k for k, i in enumerate(sorted(names))
+    }
     images = {x["id"]: ImageTruth(x["height"], x["width"], []) for x in dataset["images"]}
     records = {x["id"]: x for x in dataset["images"]}
     for anno in dataset["annotations"]:
@@ -119,7 +121,7 @@ def _from_json(json_file: str, metadata) -> GroundTruth:
             raise ValueError(f"{json_file}: {name} is of category {anno['category_id']}, which the dataset lacks.")
         parsed = _annotation(anno, name, mapping[anno["category_id"]], records[anno["image_id"]])
         images[anno["image_id"]].annotations.append(parsed)
-    ids = sorted(mapping, key=mapping.get)
+    ids = sorted(mapping, key=mapping.__getitem__)
     return _ground_truth(json_file, images, metadata.get("thing_classes") or [names[i] for i in ids], ids)
 
 
@@ -133,7 +135,8 @@ def _annotation(anno: dict, name: str, category: int, image: dict) -> Annotation
     else:
         raise ValueError(f"{name} has neither bbox nor segmentation.")
     difficult, crowd = (bool(anno.get(key, 0)) for key in ("difficult", "iscrowd"))
-    return Annotation(name, category, tuple(float(x) for x in box), mask, difficult, crowd)
+    x, y, width, height = map(float, box)
+    return Annotation(name, category, (x, y, width, height), mask, difficult, crowd)
 
 
 def _read_mask(segmentation: Any, name: str, height: int, width: int) -> dict[str, Any] | None:

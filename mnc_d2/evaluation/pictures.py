@@ -18,7 +18,7 @@ from ..visualizer import draw_predictions, draw_record
 class PredictionPictures(DatasetEvaluator):
     """Write one picture for each of the first images of a dataset: ground truth on the left, predictions on the right.
 
-    In a distributed evaluation each process writes those of its images that are among the first.
+    In a distributed evaluation each process writes its images that are among the first.
 
     Args:
         dataset_name: a registered dataset.

@@ -1,4 +1,4 @@
-"""Predictions of a model on one image, in the little memory that those of a whole dataset need."""
+"""Predictions of a model on one image, in little memory: an evaluation keeps a whole dataset's."""
 
 from __future__ import annotations
 
@@ -70,8 +70,16 @@ class ImagePredictions:
             task: "sds" for masks, as compressed RLE; "bbox" for boxes, float64 (R, 4): x, y, width, height.
             rows: indices of R predictions.
         """
-        if task == "sds":
-            return [{"size": list(self.size), "counts": self.counts[i]} for i in rows]
+        return self.masks(rows) if task == "sds" else self.boxes_by_size(rows)
+
+    def masks(self, rows: Iterable[int]) -> list[dict[str, Any]]:
+        """Return the masks of some predictions, which have masks, as compressed RLE."""
+        if self.counts is None:
+            raise ValueError("These predictions have no masks.")
+        return [{"size": list(self.size), "counts": self.counts[i]} for i in rows]
+
+    def boxes_by_size(self, rows: Iterable[int]) -> np.ndarray:
+        """Return the boxes of some predictions, float64 (R, 4): x, y, width, height."""
         boxes = self.boxes[list(rows)]
         return np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1)
 
@@ -101,7 +109,7 @@ def write_coco_results(path: str, predictions: Mapping[Any, ImagePredictions], c
 
 def _records(predictions: Mapping[Any, ImagePredictions], category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
     for image_id, found in predictions.items():
-        boxes = found.regions("bbox", range(len(found.scores))).tolist()
+        boxes = found.boxes_by_size(range(len(found.scores))).tolist()
         for i, box in enumerate(boxes):
             record = {
                 "image_id": image_id,

@@ -71,8 +71,8 @@ class SDSEvaluator(DatasetEvaluator):
             output_dir: folder for the predictions, in COCO's format of results; None to write none.
             tasks: "sds" (masks) and "bbox"; None for boxes, and masks where the predictions have them.
             thresholds: values of mask IoU, in (0, 1].
-            distributed: whether to gather the predictions of all processes in the main one, or to evaluate those of
-                this process.
+            distributed: whether to gather the predictions of all processes in the main one, or to evaluate this
+                process's.
 
         Raises:
             ValueError: an argument or the ground truth is not valid; the message names what.
@@ -246,7 +246,7 @@ class ClassPredictions(NamedTuple):
 
 
 def _rank_by_class(truth: GroundTruth, predictions: dict[Any, ImagePredictions], task: str) -> list[ClassPredictions]:
-    """Compare the predictions with the ground truth of their image and rank those of each class by their score.
+    """Compare the predictions with the ground truth of their image and rank each class's by their score.
 
     Boxes are compared as Detectron2 has them, from corner to corner: one from pixel column 3 to column 5 is 3 wide.
     That is what VOC's development kit adds 1 for, where 3 and 5 are the coordinates.
@@ -269,10 +269,10 @@ def _rank_by_class(truth: GroundTruth, predictions: dict[Any, ImagePredictions],
             instances[category].extend(real)
         overlaps.append(of_image)
 
-    found = [NO_PREDICTIONS, *predictions.values()]
+    everything = [NO_PREDICTIONS, *predictions.values()]
     # Equal scores stay in the order of the images and, within one, in that of ImagePredictions.
-    order = np.argsort(-np.concatenate([x.scores for x in found]), kind="stable")
-    classes = np.concatenate([x.classes for x in found])[order]
+    order = np.argsort(-np.concatenate([x.scores for x in everything]), kind="stable")
+    classes = np.concatenate([x.classes for x in everything])[order]
     ious, indices, shares = np.concatenate(overlaps, axis=1)[:, order]
     ranked = []
     for category, real in enumerate(instances):
@@ -290,7 +290,11 @@ def _group(annotations: Iterable[Annotation]) -> dict[int, list[Annotation]]:
 
 
 def _truth_regions(task: str, annotations: list[Annotation]) -> list[dict[str, Any]] | np.ndarray:
-    return [x.mask for x in annotations] if task == "sds" else np.array([x.box for x in annotations])
+    if task == "bbox":
+        return np.array([x.box for x in annotations])
+    masks = [x.mask for x in annotations if x.mask is not None]
+    assert len(masks) == len(annotations)  # SDSEvaluator has checked the dataset
+    return masks
 
 
 def _aps(classes: Sequence[ClassPredictions], thresholds: Sequence[float], strict: bool) -> np.ndarray:

@@ -72,8 +72,8 @@ class Predictor:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"An image must be uint8 (H, W, 3), got {image.dtype} {image.shape}.")
         network_input = self.prepare(image)
-        candidates = self.run(network_input)
-        detections = vote_masks(*candidates, network_input.shape[1:], **self.settings["voting"])
+        boxes, scores, masks, class_boxes = self.run(network_input)
+        detections = vote_masks(boxes, scores, masks, class_boxes, network_input.shape[1:], **self.settings["voting"])
         return paste_detections(
             detections, network_input.shape[1:], image.shape[:2], self.settings["voting"]["mask_threshold"]
         )
@@ -99,16 +99,16 @@ def network_size(size: tuple[int, int], short_side: int, long_side: int) -> tupl
     Its short side becomes ``short_side`` pixels, or less, but never 0, where the long side would be longer than
     ``long_side``. A ``short_side`` of 0 is for images that keep their size.
     """
-    if short_side == 0:
-        return tuple(size)
     height, width = size
+    if short_side == 0:
+        return height, width
     scale = short_side / min(size)
     # In this order, for the same rounding: Detectron2's.
-    height, width = (short_side, scale * width) if height < width else (scale * height, short_side)
-    if max(height, width) > long_side:
-        scale = long_side / max(height, width)
-        height, width = height * scale, width * scale
-    return max(int(height + 0.5), 1), max(int(width + 0.5), 1)
+    new_height, new_width = (short_side, scale * width) if height < width else (scale * height, short_side)
+    if max(new_height, new_width) > long_side:
+        scale = long_side / max(new_height, new_width)
+        new_height, new_width = new_height * scale, new_width * scale
+    return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
 
 # ---- mask voting
@@ -202,7 +202,7 @@ def select_detections(
     order = np.argsort(-scores[candidates, classes], kind="stable")
     suppressed = np.zeros(scores.shape, dtype=bool)
     boxes = boxes.astype(np.float64)
-    chosen = []
+    chosen: list[int] = []
     for i in order:
         if len(chosen) == limit:
             break
@@ -210,8 +210,8 @@ def select_detections(
         if not suppressed[box, cls]:
             chosen.append(i)
             suppressed[:, cls] |= pairwise_iou(boxes[box : box + 1], boxes)[0] > nms_threshold
-    chosen = np.array(chosen, dtype=np.int64)
-    return candidates[chosen], classes[chosen]
+    rows = np.array(chosen, dtype=np.int64)
+    return candidates[rows], classes[rows]
 
 
 def group_detections(ious: np.ndarray, threshold: float) -> list[np.ndarray]:
@@ -224,7 +224,7 @@ def group_detections(ious: np.ndarray, threshold: float) -> list[np.ndarray]:
     Returns:
         the indices of the members of each group.
     """
-    seeds = []
+    seeds: list[int] = []
     for i, row in enumerate(ious):
         if not (row[seeds] > threshold).any():
             seeds.append(i)
@@ -289,7 +289,7 @@ def find_texels(start: np.ndarray, end: np.ndarray, pixels: np.ndarray, size: in
 
 def find_tight_box(occupied: np.ndarray, region: np.ndarray) -> np.ndarray | None:
     """Return the box, float32, around the pixels (h, w), bool, of a region of the image; None if there is none."""
-    rows, columns = (occupied.any(axis=axis).nonzero()[0] for axis in (1, 0))
+    rows, columns = (np.flatnonzero(occupied.any(axis=axis)) for axis in (1, 0))
     if len(rows) == 0:
         return None
     box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
@@ -348,8 +348,8 @@ def paste_detections(
     Returns:
         as :class:`Predictor` does.
     """
-    scale = [image / network for image, network in zip(image_size[::-1], network_size[::-1])] * 2
-    scale = np.array(scale, dtype=np.float32)
+    factors = [image / network for image, network in zip(image_size[::-1], network_size[::-1])]
+    scale = np.array(factors * 2, dtype=np.float32)
     mask_boxes, boxes = (clip_boxes(detections[key] * scale, image_size) for key in ("mask_boxes", "boxes"))
     kept = ((mask_boxes[:, 2:] - mask_boxes[:, :2]) > 0).all(axis=1).nonzero()[0]
     masks = np.zeros((len(kept), *image_size), dtype=bool)
@@ -387,8 +387,8 @@ def find_texels_with_zeros_around(start: float, end: float, pixels: np.ndarray, 
 
 def read_image(path: str) -> np.ndarray:
     """Read an image, turned as its EXIF data say: uint8 (H, W, 3), RGB. Deep grey values are stretched to 8 bits."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             values = np.asarray(image, dtype=np.float64)
             low, high = values.min(), values.max()

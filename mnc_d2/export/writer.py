@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from torch.fx.experimental import _config as symbolic_config
+from torch.utils._config_module import ConfigModule
 
 from .. import __version__
 from ..checkpoint import ModelDescription
@@ -108,8 +109,9 @@ def trace(network: CandidateNetwork) -> torch.export.ExportedProgram:
     sizes = {"image": {1: torch.export.Dim("height", **side), 2: torch.export.Dim("width", **side)}}
     # Sizes of this image that differ from each other, from 1 and from what padding makes of them, at every level.
     image = torch.zeros(3, 100, 75)
+    assert isinstance(symbolic_config, ConfigModule)  # PyTorch turns the module into one when it is imported
     # Else the file would refuse images of which a feature map is one row or one column.
-    with symbolic_config.patch(backed_size_oblivious=True):
+    with symbolic_config.patch("backed_size_oblivious", True):
         return torch.export.export(network, (image,), dynamic_shapes=sizes)
 
 
@@ -122,6 +124,7 @@ def _write_onnx(program: torch.export.ExportedProgram, metadata: str, output: Pa
     onnx_program = torch.onnx.export(
         program, dynamo=True, output_names=list(CANDIDATES), verbose=False, external_data=False
     )
+    assert onnx_program is not None  # it is one with dynamo=True
     model = onnx_program.model_proto
     model.metadata_props.add(key=METADATA_KEY, value=metadata)
     # For those who look at the file; the exporter names sizes s62, u10 + u5, ...

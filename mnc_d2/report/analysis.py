@@ -78,7 +78,8 @@ def analyse_coco(truth: GroundTruth, predictions: Sequence[dict[str, Any]], task
 
 def _to_coco(truth: GroundTruth) -> COCO:
     """Return the ground truth as pycocotools takes it, whatever format it came from."""
-    coco, annotations = COCO(), []
+    coco = COCO()
+    annotations: list[dict[str, Any]] = []
     for image_id, image in truth.images.items():
         for anno in image.annotations:
             annotations.append(
@@ -150,7 +151,7 @@ def match_image(image: ImageTruth, predictions: Sequence[dict[str, Any]], classe
 
     Args:
         image: the ground truth.
-        predictions: those of the image, in COCO's format of results.
+        predictions: of the image, in COCO's format of results.
         classes: index of each category id.
     """
     nothing = len(classes)

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import flask
+from flask.json.provider import DefaultJSONProvider
 from PIL import Image
 from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import HTTPException, InternalServerError, RequestEntityTooLarge
@@ -17,7 +18,7 @@ from ..data.images import ImageError, read_image, read_image_size
 from ..predictor import MNCPredictor
 from .results import MIN_SCORE, ImageResult
 
-# Results that are kept, in memory, for the score and the passes to be changed: those of a few open pages.
+# Results that are kept, in memory, for the score and the passes to be changed: enough for a few open pages.
 _NUM_KEPT = 8
 # The page loads nothing from elsewhere, and what is in it (names of files and classes) can load nothing either.
 _HEADERS = {
@@ -108,7 +109,8 @@ def create_app(
     """
     app = flask.Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = int(max_megabytes * 1e6)
-    app.json.sort_keys = False
+    app.json = provider = DefaultJSONProvider(app)
+    provider.sort_keys = False
     service = PredictionService(predictor, max_megapixels, max_megabytes)
 
     @app.get("/")

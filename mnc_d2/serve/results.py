@@ -58,7 +58,7 @@ class ImageResult:
         """
         self.name = name
         self.size = image.shape[:2]
-        self.views = []
+        self.views: list[View] = []
         self._metadata = predictor.metadata
         self._picture = _shrink(image[:, :, ::-1])
         output = predictor(image)

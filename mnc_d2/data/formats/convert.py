@@ -132,7 +132,8 @@ def _find_problems(image: LabelledImage, classes: list[str]) -> list[str]:
 
 
 def _build_dataset(source: Path, images: list[LabelledImage], classes: list[str], root: str) -> dict[str, Any]:
-    records, annotations = [], []
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, image in enumerate(images, start=1):
         file_name = Path(os.path.relpath(image.path.absolute(), root)).as_posix()
         records.append({"id": image_id, "file_name": file_name, "height": image.size[0], "width": image.size[1]})

@@ -36,7 +36,7 @@ def is_labelme(path: Path) -> bool:
 def read_labelme(folder: Path) -> LabelledDataset:
     """Read all JSON files under a folder.
 
-    The classes are those of labels.txt, if there is one, in its order, and else all labels, sorted.
+    The classes are labels.txt's, if there is one, in its order, and else all labels, sorted.
     """
     dataset = LabelledDataset([])
     shapes_of = {}

@@ -106,7 +106,7 @@ def split_dataset(
 
     Args:
         json_file: the annotations; they stay as they are.
-        output_dir: where the two files go, over those of an earlier division; made if need be.
+        output_dir: where the two files go, over an earlier division's; made if need be.
         val_fraction: share of the images for validation, between 0 and 1. Each part gets at least one.
         seed: of the drawing.
         image_root: folder of the images, which the new files name as ``info.image_root``; None to leave ``info``.

@@ -57,7 +57,7 @@ class ConvertedImage:
 
 
 def require_files(*paths: str) -> None:
-    """Raise FileNotFoundError for those of the paths that are not files."""
+    """Raise FileNotFoundError for the paths that are not files."""
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(f"missing: {', '.join(missing)}")
@@ -104,7 +104,7 @@ def image_record(name: str, image_file: str, size: tuple[int, int]) -> dict[str,
     return {"id": int(name.replace("_", "")), "file_name": path, "height": size[0], "width": size[1]}
 
 
-def check_image(path: str) -> tuple[int, int]:
+def check_image(path: str | os.PathLike) -> tuple[int, int]:
     """Decode an image file and return its (height, width).
 
     Raises:

@@ -140,7 +140,7 @@ def _convert_masks(root: str, folder: str, name: str) -> ConvertedImage:
     return ConvertedImage(image_record(name, image_file, size), annotations, notes)
 
 
-def read_index_map(path: str) -> np.ndarray:
+def read_index_map(path: str | os.PathLike) -> np.ndarray:
     """Read the palette indices of a PNG: uint8 (H, W)."""
     check_image(path)
     with open_image(path) as image:
@@ -195,17 +195,17 @@ def flag_annotations(
         if k < len(objects) and priority[i, k] >= 0:
             priority[i, k] += 1
     while priority.max() >= 0:
-        i, k = np.unravel_index(priority.argmax(), priority.shape)
-        annotations[i].update(difficult=objects[k].difficult, truncated=objects[k].truncated)
-        unmatched.remove(i)
-        priority[i, :] = priority[:, k] = -1
+        row, column = (int(x) for x in np.unravel_index(priority.argmax(), priority.shape))
+        annotations[row].update(difficult=objects[column].difficult, truncated=objects[column].truncated)
+        unmatched.remove(row)
+        priority[row, :] = priority[:, column] = -1
     return sorted(unmatched)
 
 
 def read_objects(path: str) -> tuple[tuple[int, int], list[VOCObject]]:
     """Read an XML file of Annotations.
 
-    Boxes become those of Detectron2: (xmin - 1, ymin - 1) to (xmax, ymax).
+    Boxes become Detectron2's: (xmin - 1, ymin - 1) to (xmax, ymax).
 
     Returns:
         (height, width) of the image, and its objects in the file's order.
