@@ -1,5 +1,6 @@
 """Registration of COCO-format datasets: what is accepted, and what each bad file is told."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -48,32 +49,37 @@ def dataset(tmp_path):
     for i in (1, 2, 3):
         Image.new("RGB", (W, H)).save(root / f"{i}.png")
     polygon = [[5, 5, 20, 5, 20, 15, 5, 15]]
-    common = {"iscrowd": 0, "area": 150}
+    rle, full = encoded(rectangle(1, 2, 10, 10)), {"size": [H, W], "counts": [0, H * W]}
+    common, crowd = {"iscrowd": 0, "area": 150}, {"iscrowd": 1, "area": H * W}
     return {
         "images": [{"id": i, "file_name": f"{i}.png", "height": H, "width": W} for i in (1, 2, 3)],
         "categories": [{"id": 7, "name": "late"}, {"id": 3, "name": "early"}],
         "annotations": [
             {"id": 11, "image_id": 1, "category_id": 7, "bbox": [5, 5, 15, 10], "segmentation": polygon, **common},
-            {
-                "id": 12,
-                "image_id": 1,
-                "category_id": 3,
-                "bbox": [1, 2, 9, 8],
-                "segmentation": encoded(rectangle(1, 2, 10, 10)),
-                **common,
-            },
+            {"id": 12, "image_id": 1, "category_id": 3, "bbox": [1, 2, 9, 8], "segmentation": rle, **common},
             {"id": 13, "image_id": 2, "category_id": 3, "bbox": [0, 0, 9, 8], "segmentation": [], **common},
-            {
-                "id": 14,
-                "image_id": 2,
-                "category_id": 3,
-                "bbox": [0, 0, W, H],
-                "segmentation": {"size": [H, W], "counts": [0, H * W]},
-                "iscrowd": 1,
-                "area": H * W,
-            },
+            {"id": 14, "image_id": 2, "category_id": 3, "bbox": [0, 0, W, H], "segmentation": full, **crowd},
         ],
     }
+
+
+MISSING = object()
+
+
+def put(dataset, path, value):
+    """Set or, if it is MISSING, delete one value in nested dicts and lists."""
+    *outer, key = path
+    for k in outer:
+        dataset = dataset[k]
+    if value is MISSING:
+        del dataset[key]
+    else:
+        dataset[key] = value
+
+
+def table(names, rows):
+    """Parametrize by a dict of rows: what is the matter, then the values of the names."""
+    return pytest.mark.parametrize(names, list(rows.values()), ids=list(rows))
 
 
 def register(dataset, tmp_path, name="test_set"):
@@ -170,158 +176,142 @@ def test_missing_image_folder(dataset, tmp_path):
         register_coco_dataset("test_set", str(tmp_path / "a.json"), str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("text", ["", "{'images': []}", "\x00\x01"])
-def test_not_json(tmp_path, text):
-    with pytest.raises(ValueError, match=r"annotations\.json is not a JSON file"):
+NOT_A_DATASET = {
+    "empty": ("", "is not a JSON file"),
+    "Python in place of JSON": ("{'images': []}", "is not a JSON file"),
+    "binary": ("\x00\x01", "is not a JSON file"),
+    "nested too deep": ("[" * 100_000, "is not a JSON file.*recursion"),
+    "a list": ("[]", "is not in COCO format"),
+}
+
+
+@table("text, message", NOT_A_DATASET)
+def test_file_without_a_dataset_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"annotations\.json {message}"):
         register(text, tmp_path)
 
 
-@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
-@pytest.mark.parametrize("value", [None, {}, [1]])
-def test_not_coco(dataset, tmp_path, key, value):
-    if value is None:
-        del dataset[key]
-    else:
-        dataset[key] = value
-    with pytest.raises(ValueError, match=rf"annotations\.json is not in COCO format.*'{key}'"):
+BOX = {"image_id": 1, "category_id": 7, "bbox": [5, 5, 15, 10]}
+POINT = {"segmentation": [[5, 5, 5, 5, 5, 5]]}
+LISTS = {"images": 1, "annotations": 11, "categories": 7}  # the id of the first record
+NO_LIST = {"missing": MISSING, "a dict": {}, "a list of numbers": [1]}
+NO_IDS = {"text": "11", "fraction": 1.5, "true": True, "huge": 10**400, "NaN": math.nan, "half a sign": "\ud800"}
+BAD_DATASETS = {
+    **{f"{x} {what}": ((x,), v, f" is not in COCO format.*'{x}'") for x in LISTS for what, v in NO_LIST.items()},
+    **{f"id of {x} twice": ((x, 1, "id"), i, f": {x} with the same id: {i}") for x, i in LISTS.items()},
+    **{f"id of {x} missing": ((x, 1, "id"), MISSING, f": {x} with an id that is not an integer") for x in LISTS},
+    **{
+        f"id of {x} {what}": ((x, 1, "id"), value, f": {x} with an id that is not an integer")
+        for x in LISTS
+        for what, value in NO_IDS.items()
+        if (x, what) != ("images", "text")
+    },
+    "ids of images of two types": (("images", 1, "id"), "11", ": the ids of images are integers and strings"),
+    "no images": (("images",), [], ": 'images' is empty"),
+    "no categories": (("categories",), [], ": 'categories' is empty"),
+    "category without name": (("categories", 0, "name"), MISSING, ": categories without a name: 7[.]"),
+    **{
+        f"{key} {value}": (("images", 1, key), value, ": images without file_name, height and width: 2[.]")
+        for key, value in [("file_name", None), ("width", None), ("height", "30"), ("height", 0)]
+    },
+    "no annotations": (("annotations",), [], ": no annotation is usable"),
+    "crowds only": (("annotations", slice(3)), MISSING, ": no annotation is usable"),
+    "annotations without a pixel only": (("annotations",), [{**BOX, "id": 11, **POINT}], ": no annotation is usable"),
+    "neither mask nor box": (("annotations", 2, "bbox"), MISSING, ".*with neither segmentation nor bbox; ids: 13[.]"),
+    "more than five ids are counted": (
+        ("annotations",),
+        [{"id": i, **BOX, "bbox": [0, 0, -1, 0]} for i in range(1, 9)],
+        r".*ids: 1, 2, 3, 4, 5, \.\.\. \(8 in all\)",
+    ),
+}
+
+
+@table("path, value, message", BAD_DATASETS)
+def test_bad_dataset_is_named(dataset, tmp_path, path, value, message):
+    put(dataset, path, value)
+    with pytest.raises(ValueError, match=rf"annotations\.json{message}"):
         register(dataset, tmp_path)
 
 
-def test_nesting_that_is_too_deep_is_not_json(tmp_path):
-    with pytest.raises(ValueError, match=r"annotations\.json is not a JSON file.*recursion"):
-        register("[" * 100_000, tmp_path)
+def png(size):
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, format="PNG")
+    return file.getvalue()
 
 
-@pytest.mark.parametrize("change", ["none", "crowds"])
-def test_no_usable_annotation(dataset, tmp_path, change):
-    dataset["annotations"] = dataset["annotations"][3:] if change == "crowds" else []
-    with pytest.raises(ValueError, match=r"annotations\.json: no annotation is usable"):
+BAD_IMAGES = {
+    "missing": (None, FileNotFoundError, r"images that do not exist: .*2\.png"),
+    "empty": (b"", ValueError, r"cannot be read as images: .*2\.png"),
+    "of no format": (b"no image", ValueError, r"cannot be read as images: .*2\.png"),
+    "broken off": (b"\x89PNG\r\n\x1a\n\x00\x00", ValueError, r"cannot be read as images: .*2\.png"),
+    "of another size": (png((W, H + 1)), ValueError, rf"2\.png is {W}x{H + 1}, not {W}x{H}"),
+}
+
+
+@table("content, error, message", BAD_IMAGES)
+def test_bad_image_is_named(dataset, tmp_path, content, error, message):
+    path = tmp_path / "images" / "2.png"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(error, match=message):
         register(dataset, tmp_path)
-
-
-def test_list_is_not_coco(tmp_path):
-    with pytest.raises(ValueError, match=r"annotations\.json is not in COCO format"):
-        register("[]", tmp_path)
-
-
-@pytest.mark.parametrize("key, i", [("images", 1), ("annotations", 11), ("categories", 7)])
-def test_duplicate_ids(dataset, tmp_path, key, i):
-    dataset[key][1]["id"] = i
-    with pytest.raises(ValueError, match=rf"annotations\.json: {key} with the same id: {i}"):
-        register(dataset, tmp_path)
-
-
-@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
-def test_missing_ids(dataset, tmp_path, key):
-    del dataset[key][1]["id"]
-    with pytest.raises(ValueError, match=f"{key} with an id that is not an integer"):
-        register(dataset, tmp_path)
-
-
-@pytest.mark.parametrize("value", ["11", 1.5, True, 10**400, math.nan, "\ud800"])
-@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
-def test_ids_that_are_no_integers(dataset, tmp_path, key, value):
-    dataset[key][1]["id"] = value
-    with pytest.raises(ValueError, match=rf"{key} (with an id that is not an integer|are integers and strings)"):
-        register(dataset, tmp_path)
-
-
-@pytest.mark.parametrize("key", ["images", "categories"])
-def test_empty_lists(dataset, tmp_path, key):
-    dataset["annotations"] = []
-    dataset[key] = []
-    with pytest.raises(ValueError, match=f"'{key}' is empty"):
-        register(dataset, tmp_path)
-
-
-@pytest.mark.parametrize("key, value", [("file_name", None), ("width", None), ("height", "30"), ("height", 0)])
-def test_incomplete_image_record(dataset, tmp_path, key, value):
-    dataset["images"][1][key] = value
-    with pytest.raises(ValueError, match="images without file_name, height and width: 2[.]"):
-        register(dataset, tmp_path)
-
-
-def test_missing_image(dataset, tmp_path):
-    (tmp_path / "images" / "2.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"images that do not exist: .*2\.png"):
-        register(dataset, tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n\x00\x00"])
-def test_unreadable_image(dataset, tmp_path, content):
-    (tmp_path / "images" / "2.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"cannot be read as images: .*2\.png"):
-        register(dataset, tmp_path)
-
-
-def test_image_of_another_size(dataset, tmp_path):
-    Image.new("RGB", (W, H + 1)).save(tmp_path / "images" / "2.png")
-    with pytest.raises(ValueError, match=rf"2\.png is {W}x{H + 1}, not {W}x{H}"):
-        register(dataset, tmp_path)
-
-
-def test_category_without_name(dataset, tmp_path):
-    del dataset["categories"][0]["name"]
-    with pytest.raises(ValueError, match="categories without a name: 7[.]"):
-        register(dataset, tmp_path)
-
-
-def corrupted(rle, edit):
-    return {**rle, "counts": edit(rle["counts"])}
 
 
 SQUARE = encoded(rectangle(5, 5, 20, 20))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"image_id": 99}, "image_id is not among the images"),
-        ({"image_id": [1]}, "image_id is not among the images"),
-        ({"category_id": 1}, "category_id is not among the categories"),
-        ({"ignore": 1}, "'ignore'"),
-        ({"bbox": []}, "bbox is not four finite numbers"),
-        ({"bbox": None}, "bbox is not four finite numbers"),
-        ({"bbox": [1, 2, 3]}, "bbox is not four finite numbers"),
-        ({"bbox": [1, 2, 3, math.nan]}, "bbox is not four finite numbers"),
-        ({"bbox": [1, 2, 3, math.inf]}, "bbox is not four finite numbers"),
-        ({"bbox": [1, 2, 3, "4"]}, "bbox is not four finite numbers"),
-        ({"bbox": [1, 2, 3, -4]}, "bbox has negative width or height"),
-        ({"bbox": [1, 2, 0, 4], "segmentation": [[1, 1, 5, 5]]}, "fewer than three points"),
-        ({"bbox": [W, 2, 3, 4]}, "bbox lies outside the image"),
-        ({"bbox": [-5, 2, 5, 4]}, "bbox lies outside the image"),
-        ({"segmentation": [[1, 1, 5, 5]]}, "fewer than three points or an odd number"),
-        ({"segmentation": [[1, 1, 5, 5, 1, 9, 7]]}, "fewer than three points or an odd number"),
-        ({"segmentation": [1, 1, 5, 5, 1, 9]}, "polygon that is not a list of finite numbers"),
-        ({"segmentation": [[1, 1, 5, 5, 1, math.nan]]}, "polygon that is not a list of finite numbers"),
-        ({"segmentation": "polygon"}, "neither polygons nor an RLE"),
-        ({"segmentation": {"size": [H, W]}}, "neither polygons nor an RLE"),
-        ({"segmentation": {**SQUARE, "size": [W, H]}}, "RLE size is not"),
-        ({"segmentation": corrupted(SQUARE, lambda counts: counts[:-1])}, "counts do not add up"),
-        ({"segmentation": corrupted(SQUARE, lambda counts: "")}, "counts do not add up"),
-        ({"segmentation": corrupted(SQUARE, lambda counts: counts + "é")}, "counts do not add up"),
-        ({"segmentation": corrupted(SQUARE, lambda counts: "o" * 20)}, "counts do not add up"),
-        ({"segmentation": {"size": [H, W], "counts": [5, 5]}}, "counts do not add up"),
-        ({"segmentation": {"size": [H, W], "counts": [5, -5, H * W]}}, "counts do not add up"),
-        # pycocotools ends the process with SIGSEGV.
-        ({"segmentation": [[1, 1, 3e7, 5, 5, 9]]}, "polygon that reaches more than 4 image sizes out"),
-        ({"segmentation": [[1, 1, 1e9, 5, 5, 9]]}, "polygon that reaches more than 4 image sizes out"),
-        ({"segmentation": [[1, 1, 10**400, 5, 5, 9]]}, "polygon that is not a list of finite numbers"),
-        ({"segmentation": [[0, 0, W, H] * 5000]}, "outline is hundreds of times as long"),
-        ({"segmentation": {"size": [float(H), W], "counts": [5, H * W - 5]}}, "RLE size is not"),
-        ({"segmentation": {"size": [H, W], "counts": [2**63 - 1, 2**63 - 1, 2 + H * W]}}, "counts do not add up"),
-        ({"segmentation": {"size": [H, W], "counts": [10**400]}}, "counts do not add up"),
-        ({"segmentation": corrupted(SQUARE, lambda counts: counts + "\ud800")}, "counts do not add up"),
-        ({"bbox": [1, 2, 1e300, 4]}, "bbox reaches more than 4 image sizes out"),
-        ({"iscrowd": "yes"}, "iscrowd is neither 0 nor 1"),
-        ({"iscrowd": 2}, "iscrowd is neither 0 nor 1"),
-        ({"difficult": None}, "difficult is neither 0 nor 1"),
-        ({"area": math.nan}, "area is not a finite number"),
-        ({"area": "150"}, "area is not a finite number"),
-        ({"area": -1}, "area is not a finite number"),
-        ({"keypoints": ["x", 1, 2]}, "keypoints are not a list of finite numbers"),
-    ],
-)
+def counts(value):
+    return {"size": [H, W], "counts": value}
+
+
+BAD_VALUES = [
+    ("image_id", "image_id is not among the images", {"of no image": 99, "a list": [1]}),
+    ("category_id", "category_id is not among the categories", {"of no category": 1}),
+    ("ignore", "'ignore'", {"set": 1}),
+    ("iscrowd", "iscrowd is neither 0 nor 1", {"text": "yes", "2": 2}),
+    ("difficult", "difficult is neither 0 nor 1", {"null": None}),
+    ("area", "area is not a finite number", {"NaN": math.nan, "text": "150", "negative": -1}),
+    ("keypoints", "keypoints are not a list of finite numbers", {"with text": ["x", 1, 2]}),
+    ("bbox", "bbox is not four finite numbers", {"empty": [], "null": None, "of three": [1, 2, 3]}),
+    ("bbox", "bbox is not four finite numbers", {"with NaN": [1, 2, 3, math.nan], "with text": [1, 2, 3, "4"]}),
+    ("bbox", "bbox is not four finite numbers", {"infinite": [1, 2, 3, math.inf]}),
+    ("bbox", "bbox has negative width or height", {"negative": [1, 2, 3, -4]}),
+    ("bbox", "bbox lies outside the image", {"right of the image": [W, 2, 3, 4], "left of the image": [-5, 2, 5, 4]}),
+    ("bbox", "bbox reaches more than 4 image sizes out", {"far out": [1, 2, 1e300, 4]}),
+    ("segmentation", "neither polygons nor an RLE", {"text": "polygon", "without counts": {"size": [H, W]}}),
+    ("segmentation", "fewer than three points or an odd number", {"of two points": [[1, 1, 5, 5]]}),
+    ("segmentation", "fewer than three points or an odd number", {"of odd length": [[1, 1, 5, 5, 1, 9, 7]]}),
+    ("segmentation", "polygon that is not a list of finite numbers", {"of bare numbers": [1, 1, 5, 5, 1, 9]}),
+    ("segmentation", "polygon that is not a list of finite numbers", {"with NaN": [[1, 1, 5, 5, 1, math.nan]]}),
+    ("segmentation", "polygon that is not a list of finite numbers", {"beyond floats": [[1, 1, 10**400, 5, 5, 9]]}),
+    # pycocotools ends the process with SIGSEGV.
+    ("segmentation", "polygon that reaches more than 4 image sizes out", {"far out": [[1, 1, 3e7, 5, 5, 9]]}),
+    ("segmentation", "polygon that reaches more than 4 image sizes out", {"farther out": [[1, 1, 1e9, 5, 5, 9]]}),
+    ("segmentation", "outline is hundreds of times as long", {"of long outline": [[0, 0, W, H] * 5000]}),
+    ("segmentation", "RLE size is not", {"turned": {**SQUARE, "size": [W, H]}}),
+    ("segmentation", "RLE size is not", {"of a fractional size": {"size": [float(H), W], "counts": [5, H * W - 5]}}),
+    (
+        "segmentation",
+        "counts do not add up",
+        {
+            "cut off": counts(SQUARE["counts"][:-1]),
+            "of empty counts": counts(""),
+            "with a letter": counts(SQUARE["counts"] + "é"),
+            "with half a sign": counts(SQUARE["counts"] + "\ud800"),
+            "without an end": counts("o" * 20),
+            "of too few runs": counts([5, 5]),
+            "of a negative run": counts([5, -5, H * W]),
+            "of runs whose sum wraps": counts([2**63 - 1, 2**63 - 1, 2 + H * W]),
+            "of a huge run": counts([10**400]),
+        },
+    ),
+]
+BAD_ANNOTATIONS = {
+    **{f"{key} {what}": ({key: x}, message) for key, message, values in BAD_VALUES for what, x in values.items()},
+    "segmentation worse than the bbox": ({"bbox": [1, 2, 0, 4], "segmentation": [[1, 1, 5, 5]]}, "three points"),
+}
+
+
+@table("change, message", BAD_ANNOTATIONS)
 def test_bad_annotation_is_named(dataset, tmp_path, change, message):
     dataset["annotations"][0].update(change)
     with pytest.raises(ValueError, match=rf"annotations\.json: annotations .*{message}.*; ids: 11"):
@@ -329,18 +319,18 @@ def test_bad_annotation_is_named(dataset, tmp_path, change, message):
     assert "test_set" not in DatasetCatalog
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"segmentation": encoded(rectangle(0, 0, 0, 0))},
-        {"segmentation": {"size": [H, W], "counts": [H * W]}},
-        {"segmentation": [[5, 5, 5, 5, 5, 5]]},
-        {"segmentation": [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]], "bbox": [5.1, 5.1, 0.1, 0.1]},
-        {"segmentation": [[W + 5, 5, W + 9, 5, W + 9, 9]]},
-        {"bbox": [1, 2, 0, 4]},
-        {"bbox": [1, 2, 3, 0]},
-    ],
-)
+NO_PIXEL = {
+    "RLE empty": {"segmentation": encoded(rectangle(0, 0, 0, 0))},
+    "runs of background": {"segmentation": counts([H * W])},
+    "polygon of one point": POINT,
+    "polygon between pixels": {"segmentation": [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]], "bbox": [5.1, 5.1, 0.1, 0.1]},
+    "polygon out of the image": {"segmentation": [[W + 5, 5, W + 9, 5, W + 9, 9]]},
+    "box without width": {"bbox": [1, 2, 0, 4]},
+    "box without height": {"bbox": [1, 2, 3, 0]},
+}
+
+
+@table("change", NO_PIXEL)
 def test_an_annotation_without_a_pixel_is_left_out_of_training_with_a_warning(dataset, tmp_path, caplog, change):
     dataset["annotations"][0].update(change)
     register(dataset, tmp_path)
@@ -352,12 +342,6 @@ def test_an_annotation_without_a_pixel_is_left_out_of_training_with_a_warning(da
     assert "annotations.json: annotations that cover no pixel" in warning and "ids: 11." in warning
 
 
-def test_annotations_without_a_pixel_alone_are_no_dataset(dataset, tmp_path):
-    dataset["annotations"] = [{**dataset["annotations"][0], "segmentation": [[5, 5, 5, 5, 5, 5]]}]
-    with pytest.raises(ValueError, match="no annotation is usable"):
-        register(dataset, tmp_path)
-
-
 def test_outlines_of_many_points_are_no_problem():
     """One of a point for every pixel along it, in the corner where x and y differ most."""
     angles = np.linspace(0, 2 * np.pi, 20_000)
@@ -365,82 +349,77 @@ def test_outlines_of_many_points_are_no_problem():
     assert find_mask_problem([outline.ravel().tolist()], 4000, 4000) is None
 
 
-def test_instance_with_neither_mask_nor_box(dataset, tmp_path):
-    del dataset["annotations"][2]["bbox"]
-    with pytest.raises(ValueError, match="with neither segmentation nor bbox; ids: 13[.]"):
-        register(dataset, tmp_path)
+RUNS = {
+    "short": ((7, 9), 0.5),
+    "long of background": ((300, 400), 0.001),
+    "long of foreground": ((300, 400), 0.999),
+    "one pixel": ((1, 1), 1.0),
+    "no foreground": ((50, 50), 0.0),
+}
 
 
-def test_at_most_five_ids_are_listed(dataset, tmp_path):
-    template = {**dataset["annotations"][0], "bbox": [0, 0, -1, 0]}
-    dataset["annotations"] = [{**template, "id": i} for i in range(1, 9)]
-    with pytest.raises(ValueError, match=r"ids: 1, 2, 3, 4, 5, \.\.\. \(8 in all\)"):
-        register(dataset, tmp_path)
+@table("shape, share", RUNS)
+def test_run_lengths_agree_with_pycocotools(shape, share):
+    mask = np.random.default_rng(0).random(shape) < share
+    runs = run_lengths(encoded(mask)["counts"])
+    values = np.arange(len(runs)) % 2 == 1
+    np.testing.assert_array_equal(np.repeat(values, runs).reshape(shape, order="F"), mask)
 
 
-def test_run_lengths_agree_with_pycocotools():
-    rng = np.random.default_rng(0)
-    for shape, share in [((7, 9), 0.5), ((300, 400), 0.001), ((300, 400), 0.999), ((1, 1), 1.0), ((50, 50), 0.0)]:
-        mask = rng.random(shape) < share
-        runs = run_lengths(encoded(mask)["counts"])
-        values = np.arange(len(runs)) % 2 == 1
-        np.testing.assert_array_equal(np.repeat(values, runs).reshape(shape, order="F"), mask)
-
-
-def config(train, test=(), number=-1):
-    cfg = get_cfg()
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = number
-    return cfg
-
-
-def test_number_of_classes_from_the_dataset(dataset, tmp_path):
-    name = register(dataset, tmp_path)
-    assert num_classes_from_datasets(config((name,))) == 2
-    assert num_classes_from_datasets(config((), (name,))) == 2
-    assert num_classes_from_datasets(config((name,), (name,), number=2)) == 2
-    assert num_classes_from_datasets(config(("shapes_train",), ("shapes_val",))) == 5
-
-
-def test_number_of_classes_that_differs_names_both_and_the_file(dataset, tmp_path):
-    name = register(dataset, tmp_path)
-    with pytest.raises(ValueError, match=r"NUM_CLASSES is 80, but .*annotations\.json has 2 classes"):
-        num_classes_from_datasets(config((name,), number=80))
-
-
-def test_wrong_number_of_classes_names_the_file_of_the_shapes():
-    with pytest.raises(ValueError, match=r"NUM_CLASSES is 80, but .*shapes_.*annotations\.json has 5 classes"):
-        num_classes_from_datasets(config(("shapes_train",), number=80))
-
-
-def test_datasets_that_differ_in_their_classes(dataset, tmp_path):
-    name = register(dataset, tmp_path)
-    for train, test in [((name, "shapes_train"), ()), ((name,), ("shapes_train",))]:
-        with pytest.raises(ValueError, match=rf"'{name}' and 'shapes_train'.*2 \(early, late\) and 5 \(disc"):
-            num_classes_from_datasets(config(train, test))
-
-
-def test_unregistered_dataset():
-    with pytest.raises(ValueError, match="'no_such_set'.*--dataset no_such_set ANNOTATIONS"):
-        num_classes_from_datasets(config(("no_such_set",), number=3))
-
-
-def test_dataset_without_classes():
+@pytest.fixture
+def count(dataset, tmp_path):
+    """A function that counts classes by a config; "test_set", and "test_nameless" without classes, are registered."""
+    register(dataset, tmp_path)
     DatasetCatalog.register("test_nameless", list)
-    assert num_classes_from_datasets(config(("test_nameless",), number=3)) == 3
-    with pytest.raises(ValueError, match=r"test_nameless.*Set MODEL\.ROI_HEADS\.NUM_CLASSES"):
-        num_classes_from_datasets(config(("test_nameless",)))
+
+    def count(train, test, number):
+        cfg = get_cfg()
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES = train, test, number
+        return num_classes_from_datasets(cfg)
+
+    return count
 
 
-@pytest.mark.parametrize(
-    "folder, file, images, instances, classes",
-    [
-        ("nuclei", "train", 207, 6555, 1),
-        ("nuclei", "val", 93, 2871, 1),
-        ("coco_mini", "train", 294, 2518, 80),
-        ("coco_mini", "val_voc20", 154, 885, 20),
-    ],
-)
+NUMBERS = {
+    "of the training set": (("test_set",), (), -1, 2),
+    "of the test set": ((), ("test_set",), -1, 2),
+    "given and right": (("test_set",), ("test_set",), 2, 2),
+    "of two sets that agree": (("shapes_train",), ("shapes_val",), -1, 5),
+    "given for a set without classes": (("test_nameless",), (), 3, 3),
+}
+
+
+@table("train, test, number, expected", NUMBERS)
+def test_number_of_classes(count, train, test, number, expected):
+    assert count(train, test, number) == expected
+
+
+TWO_AND_FIVE = r"'test_set' and 'shapes_train'.*2 \(early, late\) and 5 \(disc"
+WRONG_NUMBERS = {
+    "other than the file's": (("test_set",), (), 80, r"NUM_CLASSES is 80, but .*annotations\.json has 2 classes"),
+    "other than the shapes'": (("shapes_train",), (), 80, r"NUM_CLASSES is 80, but .*shapes_.*\.json has 5 classes"),
+    "of two training sets": (("test_set", "shapes_train"), (), -1, TWO_AND_FIVE),
+    "of a training and a test set": (("test_set",), ("shapes_train",), -1, TWO_AND_FIVE),
+    "of a set that is not registered": (("no_such_set",), (), 3, "'no_such_set'.*--dataset no_such_set ANNOTATIONS"),
+    "of a set without classes": (("test_nameless",), (), -1, r"test_nameless.*Set MODEL\.ROI_HEADS\.NUM_CLASSES"),
+}
+
+
+@table("train, test, number, message", WRONG_NUMBERS)
+def test_number_of_classes_that_is_not_clear_is_named(count, train, test, number, message):
+    with pytest.raises(ValueError, match=message):
+        count(train, test, number)
+
+
+REAL_SETS = {
+    "one class in training": ("nuclei", "train", 207, 6555, 1),
+    "one class in validation": ("nuclei", "val", 93, 2871, 1),
+    "COCO's classes": ("coco_mini", "train", 294, 2518, 80),
+    "VOC's classes": ("coco_mini", "val_voc20", 154, 885, 20),
+}
+
+
+@table("folder, file, images, instances, classes", REAL_SETS)
 def test_real_sets(folder, file, images, instances, classes):
     root = SHARED / folder
     if not root.is_dir():
