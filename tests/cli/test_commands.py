@@ -168,7 +168,6 @@ def test_data_is_counted_split_and_drawn(coco_dataset, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["data", "nowhere.json"], "mnc data: The dataset nowhere.json does not exist"),
-        (["data", "{annotations}", "--split", "1.5", "--output", "{tmp}"], "must be between 0 and 1"),
         (["data", "{annotations}", "--split", "0.5"], "Add --output"),
         (["train", "quickstart/none.yaml", "--data", "{annotations}"], "mnc train: There is no config file"),
         (["train", "quickstart/mnc_R_18_FPN.yaml", "--data", "{tmp}"], "no annotations in COCO format.*mnc data"),

@@ -157,14 +157,6 @@ def test_registering_again(dataset, tmp_path):
         register_coco_dataset(name, str(other), str(tmp_path / "images"))
 
 
-def test_rotated_image_is_measured_as_it_is_read(dataset, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (H, W)).save(tmp_path / "images" / "turned.jpg", exif=exif)
-    dataset["images"].append({"id": 4, "file_name": "turned.jpg", "height": H, "width": W})
-    register(dataset, tmp_path)
-
-
 def test_missing_annotation_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
         register_coco_dataset("test_set", str(tmp_path / "none.json"), str(tmp_path))

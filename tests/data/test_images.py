@@ -143,9 +143,22 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         read_image(tmp_path / "nan.tif")
 
 
-def test_images_with_pixels_cut_off_are_refused(tmp_path):
-    path = tmp_path / "cut.jpg"
+DAMAGES = {
+    "cut JPEG": ("a.jpg", lambda data: data[:-200], r"\(.*truncated"),
+    "cut PNG": ("a.png", lambda data: data[: len(data) // 2], ""),
+    "PNG of a damaged header": ("a.png", lambda data: data[:20] + bytes(255 - x for x in data[20:30]) + data[30:], ""),
+}
+
+
+@pytest.mark.parametrize("name, damage, message", list(DAMAGES.values()), ids=list(DAMAGES))
+def test_damaged_images_are_refused(tmp_path, name, damage, message):
+    path = tmp_path / name
     Image.fromarray(PIXELS).save(path)
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ImageError, match=r"cut\.jpg cannot be read \(.*truncated"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ImageError, match=rf"{name} cannot be read {message}"):
         read_image(path)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(ImageError, match=r"none\.png cannot be read"):
+        read_image(tmp_path / "none.png")

@@ -29,12 +29,8 @@ def test_a_complete_one_passes(root, caplog):
     assert "coco_2017_val: 2 images, 0 annotations" in caplog.text
 
 
-def test_missing_and_bad_images_are_named(root):
-    path = root / "coco" / "val2017" / "000000000002.jpg"
-    path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="cannot be read as images: .*000000000002.jpg"):
-        check_coco(str(root), ["coco_2017_val"])
-    path.unlink()
+def test_missing_images_are_named(root):
+    (root / "coco" / "val2017" / "000000000002.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="do not exist: .*000000000002.jpg"):
         check_coco(str(root), ["coco_2017_val"])
 
