@@ -10,23 +10,25 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 
+from .acceleration import accelerate
 from .checkpoint import CompleteCheckpointer, ModelDescription, read_description
-from .config import check_model
+from .config import check_model, inference_dtype
 from .data import build_test_resize
 from .engine import check_device
 from .model_zoo import load_config, merge_overrides, parse_config
 
 
 class MNCPredictor(DefaultPredictor):
-    """Detectron2's ``DefaultPredictor`` with the resizing that INPUT asks for, and weights that cannot run code.
+    """Detectron2's ``DefaultPredictor`` with an accelerated model, and the resizing that INPUT asks for.
 
     Called with an image, uint8 (H, W, 3) in BGR order, it returns what the model does: a dict with "instances".
 
     Attributes:
         cfg: the config of the model.
-        model: the model, in eval mode.
+        model: the model, in eval mode, accelerated in the precision MODEL.MNC.INFERENCE_PRECISION: a snapshot, see
+            :func:`~mnc_d2.acceleration.accelerate`.
         metadata: names and colours of the classes, for Detectron2's visualizers.
         input_format: of the images that it takes, "BGR". ``DefaultPredictor`` has the model's here, which clients that
             convert images by it (sahi) give RGB to: colours that the model then takes for others.
@@ -38,15 +40,14 @@ class MNCPredictor(DefaultPredictor):
             cfg: the config of the model; MODEL.WEIGHTS are loaded. ``metadata`` is that of the first of DATASETS.TEST.
 
         Raises:
-            ValueError: INPUT.FORMAT is neither "RGB" nor "BGR"; or the weights do not fit the model, all of it, or are
-                not finite.
+            ValueError: INPUT.FORMAT is neither "RGB" nor "BGR"; there is no such precision; or the weights do not fit
+                the model, all of it, or are not finite.
         """
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise ValueError(f'INPUT.FORMAT must be "RGB" or "BGR", got {cfg.INPUT.FORMAT!r}')
         # In place of DefaultPredictor's own __init__, which makes both differently.
         self.cfg = cfg.clone()
-        self.model = build_model(self.cfg).eval()
-        CompleteCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        self.model = accelerate(load_model(self.cfg), inference_dtype(cfg))
         self.aug = build_test_resize(cfg)
         self.input_format = "BGR"
         if cfg.DATASETS.TEST:
@@ -69,6 +70,17 @@ class MNCPredictor(DefaultPredictor):
         resized = self.aug.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1)).to(self.cfg.MODEL.DEVICE)
         return {"image": tensor, "height": height, "width": width}
+
+
+def load_model(cfg: CfgNode) -> GeneralizedRCNN:
+    """Build the model of a config, in eval mode, and load MODEL.WEIGHTS into all of it.
+
+    Raises:
+        ValueError: the weights do not fit the model, all of it, or are not finite.
+    """
+    model = build_model(cfg).eval()
+    CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
 
 
 def load_predictor(

@@ -33,9 +33,8 @@ def test_ground_truth_background_and_boxes_without_gradient_are_left_out(box_gra
 @pytest.mark.parametrize("append_gt", [False, True])
 def test_own_regression_alone_moves_boxes_to_their_objects(box_gradients, small_config, append_gt):
     # Without gradients between stages what moves a box is its own regression loss.
-    keys = {"PROPOSAL_GRADIENT": False, "BOX_GRADIENT": False, "MASK_GRADIENT": "none"}
-    keys |= {"APPEND_GT_TO_LATER_PASSES": append_gt}
-    overrides = {f"MODEL.MNC.{key}": value for key, value in keys.items()}
+    overrides = {"MODEL.MNC.GRADIENTS": "stepwise"}
+    overrides |= {"MODEL.ROI_HEADS.NAME": "PaperMNCROIHeads" if append_gt else "MNCROIHeads"}
     # So many proposals that some are foreground.
     overrides |= {"MODEL.RPN.NMS_THRESH": 0.95, "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 1000}
     overrides |= {"MODEL.RPN.POST_NMS_TOPK_TRAIN": 2000, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64}

@@ -41,7 +41,8 @@ def expected(predictor):
 
 def test_default_predictor_takes_config_and_file(predictor, expected):
     found = DefaultPredictor(predictor.cfg)(IMAGE)["instances"]
-    assert torch.equal(found.scores, expected.scores) and torch.equal(found.pred_masks, expected.pred_masks)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+    assert (found.pred_masks != expected.pred_masks).float().mean() < 1e-3
 
 
 def test_test_time_augmentation(predictor):

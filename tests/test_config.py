@@ -1,50 +1,33 @@
-"""add_mnc_config: every key with its default, and the switches that reach the model."""
+"""add_mnc_config: every key with its default, and the keys that reach the model."""
 
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 
 from mnc_d2 import add_mnc_config
+from mnc_d2.config import KEYS
+from mnc_d2.experiments import UnsharedMNCROIHeads
 from mnc_d2.model_zoo import get_config
 from mnc_d2.modeling import MNCROIHeads
 
 # Config keys that MNCROIHeads takes as they are, its argument of each, and a value that is not the default.
-KEYS = {
+HEADS_KEYS = {
     "NUM_PASSES_TRAIN": ("num_passes_train", 3),
     "NUM_PASSES_TEST": ("num_passes_test", 1),
-    "APPEND_GT_TO_LATER_PASSES": ("append_gt_to_later_passes", True),
-    "NEXT_BOX_BACKGROUND": ("next_box_background", False),
     "NEXT_PASS_MIN_SCORE": ("next_pass_min_score", 0.1),
 }
 
 # Those that reach an argument of its parts: how the part is found, its argument, and a value that is not the default.
 KEYS_OF_PARTS = {
-    "REFILL_BACKGROUND": (lambda heads: heads.sample.keywords, "refill", False),
-    "BACKGROUND_IOU_BANDS": (lambda heads: heads.sample.keywords, "bands", [[0.0, 0.5]]),
-    "BACKGROUND_FRACTIONS": (lambda heads: heads.sample.keywords, "band_fractions", [1.0]),
     "DETECTION_BOX": (lambda heads: heads.vote.keywords, "detection_box", "tight"),
-    "VOTING_IOU_THRESHOLD": (lambda heads: heads.vote.keywords, "voting_iou_threshold", 0.7),
     "MASK_THRESHOLD": (lambda heads: heads.vote.keywords, "mask_threshold", 0.45),
-    "MASK_TARGET_THRESHOLD": (lambda heads: vars(heads.mask_supervision), "target_threshold", 0.4),
-    "MASK_IOU_THRESHOLD": (lambda heads: vars(heads.mask_supervision), "iou_threshold", 0.6),
     "MASK_LOSS_WEIGHT": (lambda heads: vars(heads.mask_supervision), "loss_weight", 2.0),
-}
-
-# Those of the causal gradients.
-GRADIENT_KEYS = {
-    "PROPOSAL_GRADIENT": False,
-    "BOX_GRADIENT": False,
-    "MASK_GRADIENT": "all",
-    "COORDINATE_GRADIENT": "none",
-    "MASK_COORDINATE_GRADIENT": True,
-    "MOVING_TARGETS": False,
-    "SCALE_FEATURE_GRADIENT": False,
-    "DELTA_GRADIENT_CLIP": 0.25,
-    "BORDER_GRADIENT": True,
 }
 
 
@@ -69,8 +52,21 @@ def build(cfg):
 def test_defaults_are_the_papers(cfg):
     mnc = cfg.MODEL.MNC
     assert (mnc.NUM_PASSES_TRAIN, mnc.NUM_PASSES_TEST, mnc.MASK_SIZE, mnc.MASK_FC_DIM) == (2, 2, 28, 256)
-    assert (mnc.MASK_THRESHOLD, mnc.VOTING_IOU_THRESHOLD, mnc.MASK_LOSS_WEIGHT) == (0.4, 0.5, 1.0)
-    assert mnc.DELTA_GRADIENT_CLIP == 1 / 512
+    assert (mnc.MASK_THRESHOLD, mnc.MASK_LOSS_WEIGHT) == (0.4, 1.0)
+
+
+def test_keys_are_few_and_each_has_its_reason(cfg):
+    assert len(KEYS) == len({key.name for key in KEYS}) <= 32
+    for key in KEYS:
+        assert key.reason.endswith("."), key.name
+        assert reduce(getattr, key.name.split("."), cfg) == key.default, key.name
+
+
+def test_a_change_of_a_config_does_not_reach_the_next(cfg):
+    cfg.MODEL.MNC.OUTPUTS.append("passes")
+    fresh = get_cfg()
+    add_mnc_config(fresh)
+    assert fresh.MODEL.MNC.OUTPUTS == ["instances"]
 
 
 @pytest.mark.parametrize("cuda", [True, False])
@@ -81,7 +77,9 @@ def test_the_device_is_the_cpu_where_there_is_no_gpu(monkeypatch, cuda):
     assert cfg.MODEL.DEVICE == ("cuda" if cuda else "cpu")
 
 
-@pytest.mark.parametrize(("key", "argument", "value"), [(key, *x) for key, x in KEYS.items()], ids=KEYS.keys())
+@pytest.mark.parametrize(
+    ("key", "argument", "value"), [(key, *x) for key, x in HEADS_KEYS.items()], ids=HEADS_KEYS.keys()
+)
 def test_every_switch_reaches_the_cascade(cfg, key, argument, value):
     assert getattr(build(cfg), argument) == cfg.MODEL.MNC[key] != value
     cfg.MODEL.MNC[key] = value
@@ -102,26 +100,30 @@ def test_labels_of_masks_have_the_threshold_of_the_results(cfg):
     assert build(cfg).mask_supervision.mask_threshold == 0.45
 
 
-def test_an_unknown_detection_box_is_an_error_that_names_the_key(cfg):
-    cfg.MODEL.MNC.DETECTION_BOX = "loose"
-    with pytest.raises(ValueError, match="MODEL.MNC.DETECTION_BOX must be.*loose"):
-        build(cfg)
+def test_gradients_reach_the_cascade(cfg):
+    cfg.MODEL.MNC.GRADIENTS = "released, anchors=False"
+    heads = build(cfg)
+    assert str(heads.gradients) == "released, anchors=False"
+    assert heads.roi_anchor_loss is None
 
 
-@pytest.mark.parametrize(("key", "value"), GRADIENT_KEYS.items(), ids=GRADIENT_KEYS.keys())
-def test_every_switch_of_the_causal_gradients_reaches_the_cascade(cfg, key, value):
-    assert getattr(build(cfg).gradients, key.lower()) == cfg.MODEL.MNC[key] != value
-    cfg.MODEL.MNC[key] = value
-    assert getattr(build(cfg).gradients, key.lower()) == value
+def test_background_bands_reach_the_sampler(cfg):
+    cfg.MODEL.MNC.BACKGROUND_BANDS = [[0.2, 0.5, 0.75], [0.0, 0.2, 0.25]]
+    assert build(cfg).sample.keywords["bands"] == [[0.2, 0.5, 0.75], [0.0, 0.2, 0.25]]
+
+
+@pytest.mark.parametrize(("name", "released"), [("MNCROIHeads", False), ("PaperMNCROIHeads", True)])
+def test_rules_of_sampling_are_those_of_the_heads(cfg, name, released):
+    heads = ROI_HEADS_REGISTRY.get(name)(cfg, {"res4": ShapeSpec(channels=4, stride=16)})
+    assert heads.append_gt_to_later_passes == heads.next_box_background == released
+    assert heads.sample.keywords.get("refill", True) != released
 
 
 def test_sizes_reach_the_heads(cfg):
     cfg.MODEL.MNC.MASK_SIZE, cfg.MODEL.MNC.MASK_FC_DIM = 21, 12
-    cfg.MODEL.MNC.ROI_WARP_SAMPLING = "caffe"
     heads = build(cfg)
-    assert heads.pooler.pooler.sampling == "caffe"
     assert heads.passes[0].mask_head.fc1.weight.shape == (12, 4 * 14 * 14)
-    assert heads.passes[0].mask_head(torch.zeros(1, 4, 14, 14)).shape == (1, 21, 21)
+    assert heads.passes[0].mask_head.layers(torch.zeros(1, 4, 14, 14)).shape == (1, 1, 21, 21)
 
 
 def test_the_two_paths_have_weights_of_their_own(cfg):
@@ -130,11 +132,17 @@ def test_the_two_paths_have_weights_of_their_own(cfg):
     assert heads.passes[0].classifier.predictor.cls_score.in_features == 16
 
 
-@pytest.mark.parametrize("shape", [ShapeSpec(channels=4, stride=8), ShapeSpec(channels=8, stride=16)], ids=str)
-def test_masks_from_features_of_another_shape_are_an_error_that_names_the_keys(cfg, shape):
-    cfg.MODEL.MNC.MASK_IN_FEATURES = ["other"]
-    with pytest.raises(ValueError, match="MASK_IN_FEATURES.*other.*must have the strides and channels of.*res4"):
-        MNCROIHeads(cfg, {"res4": ShapeSpec(channels=4, stride=16), "other": shape})
+def test_unshared_heads_pool_masks_from_features_of_their_own(cfg):
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["categories.res4"]
+    heads = UnsharedMNCROIHeads(cfg, {"categories.res4": ShapeSpec(channels=4, stride=16)})
+    features = {"masks.res4": torch.ones(1, 4, 4, 4), "categories.res4": torch.zeros(1, 4, 4, 4)}
+    mask_features, box_features = heads.pooler(features, torch.tensor([[0.0, 8.0, 8.0, 40.0, 40.0]]), 0)
+    assert (mask_features > 0.9).all() and (box_features == 0).all()
+
+
+def test_unshared_heads_refuse_features_that_are_shared(cfg):
+    with pytest.raises(ValueError, match=r"MODEL.ROI_HEADS.IN_FEATURES is \['res4'\]"):
+        UnsharedMNCROIHeads(cfg, {"res4": ShapeSpec(channels=4, stride=16)})
 
 
 def test_passes_that_share_nothing_have_heads_of_their_own(cfg):
@@ -166,17 +174,12 @@ def test_rows_of_the_ablation_differ_only_in_their_switches():
     ]
     assert changes == [
         {"MODEL.MNC.NUM_PASSES_TRAIN": (2, 1)},
-        {
-            "MODEL.MNC.PROPOSAL_GRADIENT": (True, False),
-            "MODEL.MNC.BOX_GRADIENT": (True, False),
-            "MODEL.MNC.MASK_GRADIENT": ("foreground", "none"),
-        },
+        {"MODEL.MNC.GRADIENTS": ("released", "released, proposals=False, boxes=False, masks=none")},
         {
             "MODEL.BACKBONE.NAME": ("build_vgg_backbone", "build_unshared_backbone"),
             "MODEL.RPN.IN_FEATURES": (["conv5"], ["boxes.conv5"]),
             "MODEL.ROI_HEADS.IN_FEATURES": (["conv5"], ["categories.conv5"]),
-            "MODEL.MNC.UNSHARED_BACKBONE": ("build_resnet_backbone", "build_vgg_backbone"),
-            "MODEL.MNC.MASK_IN_FEATURES": ([], ["masks.conv5"]),
+            "MODEL.ROI_HEADS.NAME": ("PaperMNCROIHeads", "UnsharedMNCROIHeads"),
         },
     ]
 
@@ -188,7 +191,9 @@ def test_the_number_of_passes_does_not_change_the_parameters(cfg, key):
     assert {name: x.shape for name, x in build(cfg).state_dict().items()} == expected
 
 
-def test_every_key_is_used(cfg):
+def test_every_key_is_used():
     package = Path(__file__).parents[1] / "mnc_d2"
-    code = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "config.py")
-    assert [key for key in cfg.MODEL.MNC if not re.search(rf"\b{key}\b", code)] == []
+    tables = ("config.py", "removed_keys.py", "upgrade.py")
+    code = "".join(path.read_text() for path in package.rglob("*.py") if path.name not in tables)
+    names = [key.name.rpartition(".")[2] for key in KEYS]
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []

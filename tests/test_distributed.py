@@ -26,19 +26,15 @@ from mnc_d2.engine import AccumulatingTrainer, MNCTrainer, leave_process_group
 # Every anchor and RoI is trained on, so that nothing is drawn at random: a step then has the mean of the gradients
 # of its images, however these are divided. They differ in their numbers of RoIs and of foreground RoIs. The limit is so
 # low that much of the causal gradient is clipped, as small as it is with initial weights.
-LIMIT = 1e-7
+GRADIENTS = "border=True, coordinates=all, mask_coordinates=True, delta_clip=1e-7"
 EVERYTHING = {
     "DATALOADER.NUM_WORKERS": 0,
     "DATASETS.TEST": (),
     "DATASETS.TRAIN": ("drawn",),
     "INPUT.CROP.ENABLED": False,
     "INPUT.RANDOM_FLIP": "none",
-    "MODEL.MNC.BACKGROUND_FRACTIONS": [1.0],
-    "MODEL.MNC.BACKGROUND_IOU_BANDS": [[0.0, 1.0]],
-    "MODEL.MNC.BORDER_GRADIENT": True,
-    "MODEL.MNC.COORDINATE_GRADIENT": "all",
-    "MODEL.MNC.DELTA_GRADIENT_CLIP": LIMIT,
-    "MODEL.MNC.MASK_COORDINATE_GRADIENT": True,
+    "MODEL.MNC.BACKGROUND_BANDS": [[0.0, 1.0, 1.0]],
+    "MODEL.MNC.GRADIENTS": GRADIENTS,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 1000,
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 5000,
 }
@@ -90,12 +86,15 @@ def step_config(small_config, tmp_path):
 
 
 def assert_same_step(actual, expected):
-    """Compare the gradients and the losses of two steps; elements of a gradient relative to its largest one."""
+    """Compare the gradients and the losses of two steps; elements of a gradient relative to its largest one.
+
+    Convolutions of another number of images add in another order. The largest difference seen is 1.2e-4.
+    """
     gradients, logged = actual
     expected_gradients, expected_logged = expected
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        assert (gradients[name] - gradient).abs().max() < 1e-4 * gradient.abs().max(), name
+        assert (gradients[name] - gradient).abs().max() < 3e-4 * gradient.abs().max(), name
     losses = [name for name in expected_logged if "loss" in name]
     assert len(losses) == 13
     for name in losses:
@@ -110,8 +109,8 @@ def test_the_images_differ_and_gradients_are_clipped(drawn, step_config):
     (first, then) = counts
     assert first[0] != then[0] and first[1] != then[1]
     clipped, free = (
-        gradients_of_a_step(step_config(images=4, batches=1, **{"MODEL.MNC.DELTA_GRADIENT_CLIP": limit}))[0]
-        for limit in (LIMIT, 0.0)
+        gradients_of_a_step(step_config(images=4, batches=1, **{"MODEL.MNC.GRADIENTS": gradients}))[0]
+        for gradients in (GRADIENTS, f"{GRADIENTS}, delta_clip=0")
     )
     name = "proposal_generator.rpn_head.anchor_deltas.weight"
     assert (clipped[name] - free[name]).abs().max() > 1e-2 * free[name].abs().max()

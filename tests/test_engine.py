@@ -15,13 +15,11 @@ from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import (
     AccumulatingTrainer,
     MNCTrainer,
-    ScaleGradientClip,
     autocast_dtype,
     check_device,
     check_solver,
     started_by_torchrun,
 )
-from mnc_d2.layers import clip_gradient
 from mnc_d2.model_zoo import get_config
 from mnc_d2.modeling import CausalGradients
 
@@ -32,15 +30,17 @@ class Toy(nn.Module):
     def __init__(self, limit=0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(2.0))
-        self.gradients = CausalGradients(delta_gradient_clip=limit)
+        self.gradients = CausalGradients(delta_clip=limit)
 
-    def forward(self, x):
-        return {"plain": self.weight * x, "clipped": clip_gradient(self.weight, self.gradients.delta_gradient_clip) * x}
+    def forward(self, x, loss_scale=1.0):
+        self.gradients.loss_scale = loss_scale
+        return {"plain": self.weight * x, "clipped": self.gradients.clip_deltas(self.weight, 1) * x}
 
 
 def toy_trainer(batches, limit=0.0, **kwargs):
     model = Toy(limit)
-    return AccumulatingTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.5), **kwargs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return AccumulatingTrainer(model, batches, optimizer, takes_loss_scale=True, **kwargs)
 
 
 def run_steps(trainer, number=1):
@@ -92,10 +92,10 @@ def test_processes_exchange_gradients_once_an_iteration(tmp_path):
 class Fragile(Toy):
     """A toy whose batch is one image with x, which refuses x = None as the RPN does boxes that are not finite."""
 
-    def forward(self, batch):
+    def forward(self, batch, loss_scale=1.0):
         if batch[0]["x"] is None:
             raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
-        losses = super().forward(batch[0]["x"])
+        losses = super().forward(batch[0]["x"], loss_scale)
         # Twice sqrt(0) at x = 0: the loss is 0 and its gradient is not a number.
         return {**losses, "root": (self.weight * batch[0]["x"]).sqrt() * 0}
 
@@ -173,19 +173,17 @@ def test_gradients_are_clipped_without_the_loss_scale_also_before_a_fused_step()
 
 def test_float16_scales_losses_and_limits_and_unscales_gradients():
     trainer = toy_trainer([8.0, 0.5], limit=1.0, num_batches=2, precision=torch.float16)
-    hook = ScaleGradientClip(trainer.grad_scaler, trainer.model)
-    for _ in range(2):  # the limit that is scaled is that of the beginning, each time
-        hook.before_step()
-    assert trainer.model.gradients.delta_gradient_clip == trainer.grad_scaler.get_scale() > 1
+    scale = trainer.grad_scaler.get_scale()
     run_steps(trainer)
+    assert trainer.model.gradients.loss_scale == scale > 1
     assert trainer.model.weight.grad.item() == (8 + 0.5 + 1 + 0.5) / 2
     assert trainer.model.weight.item() == 2 - 0.5 * 5
 
 
 def test_without_a_loss_scale_the_limits_stay():
     trainer = toy_trainer([1.0], limit=0.25, precision=torch.bfloat16)
-    ScaleGradientClip(trainer.grad_scaler, trainer.model).before_step()
-    assert trainer.model.gradients.delta_gradient_clip == 0.25
+    run_steps(trainer)
+    assert trainer.model.gradients.loss_scale == 1
 
 
 def test_the_loss_scale_is_resumed():
@@ -245,7 +243,7 @@ def test_a_step_in_mixed_precision(trainer, precision, dtype):
     assert [name for name, x in model.named_parameters() if x.equal(before[name])] == []
     scale = trainer._trainer.grad_scaler.get_scale()
     for module in (model.roi_heads, model.proposal_generator):
-        assert module.gradients.delta_gradient_clip == scale / 512
+        assert module.gradients.loss_scale == scale
     assert (scale > 1) == (dtype == torch.float16)
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.structures import Boxes
 from devices import OnDevice
 
-from mnc_d2.layers import clip_boxes, image_corners, tensor_on
+from mnc_d2.layers import clip_boxes, image_corners, to_device
 from mnc_d2.modeling import RoIWarpPooler
 from mnc_d2.modeling.roi_heads.loss_reduction import mean_over_images
 from mnc_d2.modeling.roi_heads.mask_supervision import instance_mask_iou
@@ -78,7 +77,7 @@ def test_a_part_that_fails_leaves_the_others(benchmarks, monkeypatch, capsys):
         (lambda x: x[x > 0], 1),
         (lambda x: (x > 0).nonzero(), 1),
         (lambda x: torch.tensor([1.0], device=x.device), 1),
-        (lambda x: tensor_on(x.device, [1.0]), 0),
+        (lambda x: to_device([1.0], x.device), 0),
         (lambda x: x[torch.arange(2)], 0),
         (lambda x: x.masked_fill(x > 0, 1.0) + x.sum(), 0),
     ],
@@ -94,8 +93,8 @@ def test_what_a_gpu_would_be_waited_for_is_counted(benchmarks, waits, count):
 
 def pool():
     features = [torch.rand(2, 3, 16, 16), torch.rand(2, 3, 8, 8)]
-    boxes = [Boxes(torch.tensor([[1.0, 2.0, 30.0, 40.0]])), Boxes(torch.tensor([[5.0, 5.0, 60.0, 60.0]] * 2))]
-    return RoIWarpPooler(4, [1 / 4, 1 / 8])(features, boxes)
+    rois = torch.tensor([[0.0, 1.0, 2.0, 30.0, 40.0], *[[1.0, 5.0, 5.0, 60.0, 60.0]] * 2])
+    return RoIWarpPooler(4, [1 / 4, 1 / 8])(features, rois)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def pool():
     [
         pool,
         lambda: mean_over_images(torch.ones(3), [1, 2]),
-        lambda: clip_boxes(torch.ones(3, 4), image_corners([(10, 20)], [3], torch.ones(3, 4))),
+        lambda: clip_boxes(torch.ones(3, 4), image_corners([(10, 20)], torch.ones(3, 4))),
         lambda: instance_mask_iou(torch.ones(2, 4, 4) > 0, torch.ones(2, 4, 4), torch.ones(2, 4), torch.ones(2)),
     ],
     ids=["RoIWarpPooler", "mean_over_images", "clip_boxes", "instance_mask_iou"],
@@ -119,18 +118,18 @@ def test_a_gpu_is_not_waited_for(benchmarks, call):
 def test_waits_are_named_by_the_line_of_the_library(benchmarks):
     from synchronisations import count_synchronisations
 
-    from mnc_d2.modeling.roi_heads.sampling import sample_rois
+    from mnc_d2.modeling.roi_heads.labels import sample_rois
 
     with count_synchronisations("cpu") as places:
         sample_rois(torch.zeros(3, dtype=torch.int64), torch.ones(3), 1, 2, 0.5)
     (place,) = {x.partition(":")[0] for x in places}
-    assert place == "mnc_d2/modeling/roi_heads/sampling.py"
+    assert place == "mnc_d2/modeling/roi_heads/labels.py"
 
 
 def test_tests_have_their_tensors_on_the_device_and_the_library_has_its_own():
     with OnDevice("meta"):
         made = torch.ones(2, requires_grad=True)
         named = torch.ones(2, device="cpu")
-        of_library = tensor_on(torch.device("cpu"), [1.0])
+        of_library = to_device([1.0], torch.device("cpu"))
     assert (made.device.type, named.device.type, of_library.device.type) == ("meta", "cpu", "cpu")
     assert made.requires_grad and made.is_leaf

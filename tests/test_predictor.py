@@ -26,8 +26,9 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (50, 61, 3), dtype=np.uint8)
 
 def test_the_predictor_gives_what_detectron2s_does(cfg):
     ours, theirs = (predictor(cfg)(IMAGE)["instances"] for predictor in (MNCPredictor, DefaultPredictor))
-    assert len(ours) > 0 and torch.equal(ours.scores, theirs.scores)
-    assert torch.equal(ours.pred_masks, theirs.pred_masks)
+    assert len(ours) > 0
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-5)
+    assert (ours.pred_masks != theirs.pred_masks).float().mean() < 1e-3
 
 
 def test_the_predictor_resizes_as_the_config_says(cfg):

@@ -105,7 +105,7 @@ def test_eval_only_gives_the_ap_of_the_end_of_training(trained, coco_dataset, tm
 def test_eval_only_prints_mapr_and_box_ap(trained, coco_dataset, tmp_path):
     output, _ = trained
     overrides = [
-        *("MODEL.WEIGHTS", output / "model_final.pth", "TEST.NUM_PICTURES", 0, "TEST.EVALUATOR", "sds"),
+        *("MODEL.WEIGHTS", output / "model_final.pth", "TEST.NUM_PICTURES", 0, "TEST.EVALUATORS", "['sds']"),
         *("MODEL.MNC.OUTPUTS", "['instances', 'box_instances']"),
     ]
     stdout = run_small(coco_dataset, tmp_path, "--eval-only", overrides=overrides)
@@ -196,8 +196,8 @@ def test_torchrun_and_num_gpus_exclude_each_other(configure, coco_dataset, monke
 
 def test_evaluator_that_does_not_exist_is_named(configure, coco_dataset):
     arguments = ["--config-file", CONFIG, "--dataset", "drawn", *coco_dataset, *DRAWN]
-    with pytest.raises(ValueError, match="TEST.EVALUATOR .*'voc'"):
-        configure(*arguments, "TEST.EVALUATOR", "voc")
+    with pytest.raises(ValueError, match="TEST.EVALUATORS has 'voc'"):
+        configure(*arguments, "TEST.EVALUATORS", "['voc']")
 
 
 def test_images_that_processes_cannot_share_are_named(configure, coco_dataset):

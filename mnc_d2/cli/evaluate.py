@@ -13,7 +13,7 @@ from detectron2.data import MetadataCatalog
 from ..data import prepare_dataset
 from ..engine import MNCTrainer
 from ..evaluation import summarize
-from ..predictor import MNCPredictor, load_model_config
+from ..predictor import load_model, load_model_config
 from .common import (
     add_images_argument,
     add_model_arguments,
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     cfg.freeze()
     set_up_log(cfg, args)
     with without_prints():
-        results = MNCTrainer.test(cfg, MNCPredictor(cfg).model)
+        results = MNCTrainer.test(cfg, load_model(cfg))
     print(summarize(cfg, results, args.model))
 
 

@@ -19,7 +19,7 @@ from ..checkpoint.checkpointer import module_of
 from ..data import num_classes_from_datasets
 from ..engine.watching import find_metric
 from ..model_zoo import load_config
-from ..predictor import MNCPredictor, load_model_config
+from ..predictor import load_model, load_model_config
 
 EXAMPLE = "  mnc info output/nuclei/model_best.pth\n  mnc info quickstart/mnc_R_18_FPN.yaml"
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         description, model = ModelDescription.of_config(cfg), build_model(cfg).eval()
     else:
         cfg, description = load_model_config(args.model, device="cpu")
-        model = MNCPredictor(cfg).model
+        model = load_model(cfg)
     rows = [*describe(cfg, description), *count_parameters(model), ("FLOPs", count_flops(model, *args.size))]
     print(tabulate(rows, tablefmt="plain"))
 

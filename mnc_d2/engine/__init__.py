@@ -13,13 +13,12 @@ from .launch import (
     started_by_torchrun,
 )
 from .run import train
-from .step import AccumulatingTrainer, ScaleGradientClip, autocast_dtype, check_solver
+from .step import AccumulatingTrainer, autocast_dtype, check_solver
 from .trainer import MNCTrainer
 
 __all__ = [
     "AccumulatingTrainer",
     "MNCTrainer",
-    "ScaleGradientClip",
     "argument_parser",
     "autocast_dtype",
     "build_config",

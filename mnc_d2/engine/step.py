@@ -9,13 +9,12 @@ from contextlib import nullcontext
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
 from ..layers import HALF_PRECISIONS
-from ..modeling import CausalGradients
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +38,7 @@ class AccumulatingTrainer(SimpleTrainer):
         num_batches: int = 1,
         precision: torch.dtype | None = None,
         max_skipped: int = 0,
+        takes_loss_scale: bool = False,
     ) -> None:
         """
         Args:
@@ -49,12 +49,14 @@ class AccumulatingTrainer(SimpleTrainer):
             precision: dtype for autocast, ``torch.float16`` with a ``GradScaler``; None for no autocast.
             max_skipped: steps that may be left out of a training because a loss or a gradient is not finite. All
                 processes leave out the same. 0 looks at losses only.
+            takes_loss_scale: whether the model is called with ``loss_scale`` too, what losses are multiplied by.
         """
         super().__init__(model, data_loader, optimizer)
         self.num_batches = num_batches
         self.precision = precision
         self.max_skipped = max_skipped
         self.num_skipped = 0
+        self.takes_loss_scale = takes_loss_scale
         self.device_type = next(model.parameters()).device.type
         # A scaler that is not enabled passes losses and steps on as they are.
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=precision == torch.float16)
@@ -78,9 +80,9 @@ class AccumulatingTrainer(SimpleTrainer):
             with self._no_sync() if index + 1 < self.num_batches else nullcontext():
                 losses = self._compute_losses(data)
                 failed = failed or losses is None
-                if self._is_skipped(losses is None):
+                if self._is_skipped(losses is None) or losses is None:
                     continue
-                self.grad_scaler.scale(sum(losses.values())).backward()
+                self.grad_scaler.scale(torch.stack(list(losses.values())).sum()).backward()
             batches.append({name: loss.detach() for name, loss in losses.items()})
         if len(batches) < self.num_batches:
             self._skip("a box of the RPN", failed, images)
@@ -104,9 +106,10 @@ class AccumulatingTrainer(SimpleTrainer):
 
     def _compute_losses(self, data) -> dict[str, torch.Tensor] | None:
         """Return the losses of a batch; None where the model refuses its own numbers and the step may be left out."""
+        scale = {"loss_scale": self.grad_scaler.get_scale()} if self.takes_loss_scale else {}
         try:
             with torch.autocast(self.device_type, dtype=self.precision, enabled=self.precision is not None):
-                return self.model(data)
+                return self.model(data, **scale)
         except FloatingPointError:  # of Detectron2's RPN
             if self.max_skipped:
                 return None
@@ -150,7 +153,7 @@ class AccumulatingTrainer(SimpleTrainer):
 
     def _average_gradients(self) -> None:
         # The sum of the gradients is divided, not each loss: clipping within the backward pass (of the causal
-        # gradients, see MODEL.MNC.DELTA_GRADIENT_CLIP) then meets gradients of the size that one batch has, as in the
+        # gradients, see CausalGradients.delta_clip) then meets gradients of the size that one batch has, as in the
         # authors' training and as in that of several processes.
         if self.num_batches > 1:
             for group in self.optimizer.param_groups:
@@ -170,29 +173,6 @@ class AccumulatingTrainer(SimpleTrainer):
         self.num_skipped = state_dict.get("num_skipped", 0)  # absent in checkpoints of before
         if state_dict.get("grad_scaler"):  # absent or empty if that run had no loss scale
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-class ScaleGradientClip(HookBase):
-    """Multiply the limits of the causal gradients by the loss scale, like the gradients that they clip.
-
-    Without it the limit of 1/512 would be, under the scale of 65536 that a ``GradScaler`` starts with, one of 3e-8.
-    """
-
-    def __init__(self, grad_scaler: torch.amp.GradScaler, model: torch.nn.Module) -> None:
-        """
-        Args:
-            grad_scaler: enabled or not.
-            model: its modules whose ``gradients`` are :class:`~mnc_d2.modeling.CausalGradients` are concerned.
-        """
-        self._grad_scaler = grad_scaler
-        gradients = (getattr(x, "gradients", None) for x in model.modules())
-        self._limits = [(x, x.delta_gradient_clip) for x in gradients if isinstance(x, CausalGradients)]
-
-    def before_step(self) -> None:
-        if self._grad_scaler.is_enabled():
-            scale = self._grad_scaler.get_scale()
-            for gradients, limit in self._limits:
-                gradients.delta_gradient_clip = limit * scale
 
 
 def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import weakref
@@ -15,21 +14,25 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluators, inference_context
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from fvcore.common.history_buffer import HistoryBuffer
+from torch.nn.parallel import DistributedDataParallel
 
+from ..acceleration import accelerate
 from ..checkpoint import DescribeModel, MNCCheckpointer
+from ..config import inference_dtype
 from ..data import build_mapper
 from ..data.train_loader import TrainLoader, build_train_loader
 from ..evaluation import build_evaluator
+from ..modeling import MultitaskNetworkCascade
 from ..randomness import STEP, seed_all
 from .hooks import CheckpointHook, MetricsFile, put_scalars, scalars_of
-from .step import AccumulatingTrainer, ScaleGradientClip, autocast_dtype, check_solver
+from .step import AccumulatingTrainer, autocast_dtype, check_solver
 from .watching import KeepBest, RecordFinalMetrics, StopEarly, TrainingEnds
 
 
@@ -65,6 +68,7 @@ class MNCTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        takes_loss_scale = isinstance(model, MultitaskNetworkCascade)
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None)
         self._trainer = AccumulatingTrainer(
@@ -74,6 +78,7 @@ class MNCTrainer(DefaultTrainer):
             num_batches=cfg.SOLVER.ACCUMULATE,
             precision=autocast_dtype(cfg),
             max_skipped=cfg.SOLVER.MAX_SKIPPED_STEPS,
+            takes_loss_scale=takes_loss_scale,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = MNCCheckpointer(
@@ -86,14 +91,14 @@ class MNCTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Build Detectron2's hooks, with this project's checkpoints, those that watch, and that for a loss scale."""
+        """Build Detectron2's hooks, with this project's checkpoints, and hooks that watch."""
         built = [x for x in super().build_hooks() if not isinstance(x, hooks.PeriodicCheckpointer)]
         solver = self.cfg.SOLVER
         self._checkpoints = CheckpointHook(self.checkpointer, solver.CHECKPOINT_PERIOD, keep=solver.MAX_CHECKPOINTS)
         # Where Detectron2's are: a failing evaluation finds the model saved.
         before_evaluation = [isinstance(x, hooks.EvalHook) for x in built].index(True)
         built.insert(before_evaluation, self._checkpoints)
-        return [ScaleGradientClip(self._trainer.grad_scaler, self.model), *built, *self._build_watching_hooks()]
+        return [*built, *self._build_watching_hooks()]
 
     def _build_watching_hooks(self) -> list[HookBase]:
         """Build the hooks that follow an evaluation: they are behind it."""
@@ -149,8 +154,8 @@ class MNCTrainer(DefaultTrainer):
         put_scalars(self.storage, state["scalars"])
         prolonged = state["max_iter"] == self.start_iter < self.max_iter
         if self._metrics_file is not None:
-            written = {"size": math.inf, "last_write": self.start_iter - 1} if prolonged else state["metrics_file"]
-            self._metrics_file.load_state_dict(written)
+            whole = {"size": sys.maxsize, "last_write": self.start_iter - 1}
+            self._metrics_file.load_state_dict(whole if prolonged else state["metrics_file"])
         if prolonged:
             return  # all of it was done
         self.iter = self.storage.iter = self.start_iter - 1
@@ -190,7 +195,7 @@ class MNCTrainer(DefaultTrainer):
     def after_train(self) -> None:
         if sys.exc_info()[1] is not self._exception_before:
             # Whatever ended the training, it is no reason to evaluate, as Detectron2 would after the last iteration.
-            self._hooks = [x for x in self._hooks if not isinstance(x, hooks.EvalHook)]
+            self._hooks[:] = [x for x in self._hooks if not isinstance(x, hooks.EvalHook)]
         self.iter = min(self.iter, self.max_iter)  # one more where a resume found nothing left to train
         super().after_train()
 
@@ -237,6 +242,15 @@ class MNCTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
         return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, is_train=False))
+
+    @classmethod
+    def test(cls, cfg, model: torch.nn.Module, evaluators=None) -> dict:
+        """As ``DefaultTrainer.test``, by an accelerated copy with the weights that the model has now."""
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        with inference_context(model):
+            accelerated = accelerate(model, inference_dtype(cfg))
+        return super().test(cfg, accelerated, evaluators)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluators:

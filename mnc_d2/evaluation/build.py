@@ -15,15 +15,15 @@ from .coco import FasterCOCOEvaluator
 from .pictures import PredictionPictures
 from .sds import SDSEvaluator
 
-# Evaluators that TEST.MORE_EVALUATORS names. They are called as build_evaluator is: (cfg, dataset_name, output_folder).
+# What TEST.EVALUATORS names beside the protocols. Called as build_evaluator is, with cfg, dataset_name, output_folder.
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
+_PROTOCOLS = ("auto", "coco", "sds")
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> DatasetEvaluators:
-    """Return the evaluators of a dataset: its protocol's, pictures where TEST.NUM_PICTURES asks for some, and
-    TEST.MORE_EVALUATORS.
+    """Return the evaluators that TEST.EVALUATORS names, and TEST.NUM_PICTURES pictures, of a dataset.
 
-    Where MODEL.MNC.OUTPUTS has "box_instances", these are evaluated too, by the same protocol.
+    Where MODEL.MNC.OUTPUTS has "box_instances", the same protocol evaluates these, too.
 
     Args:
         cfg: the config of the run.
@@ -32,49 +32,56 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
 
     Raises:
         FileNotFoundError: the dataset's annotations are not there.
-        ValueError: TEST.EVALUATOR, TEST.MORE_EVALUATORS or the dataset's ground truth is not valid.
+        ValueError: TEST.EVALUATORS or the dataset's ground truth is not valid.
     """
     prepare_dataset(dataset_name)
     # Masks cannot be scored against ground truth that lacks some.
     has_all_masks = MetadataCatalog.get(dataset_name).get("has_all_masks", True)
-    evaluators = [_protocol_evaluator(cfg, dataset_name, output_folder, None if has_all_masks else ("bbox",))]
-    if "box_instances" in cfg.MODEL.MNC.OUTPUTS:
-        box_folder = os.path.join(output_folder, "box_level")
-        evaluators.append(BoxLevelEvaluator(_protocol_evaluator(cfg, dataset_name, box_folder, tasks=("bbox",))))
+    protocol, evaluators = evaluation_protocol(cfg, dataset_name), []
+    if protocol is not None:
+        tasks = None if has_all_masks else ("bbox",)
+        evaluators.append(_protocol_evaluator(protocol, cfg, dataset_name, output_folder, tasks))
+        if "box_instances" in cfg.MODEL.MNC.OUTPUTS:
+            of_boxes = _protocol_evaluator(
+                protocol, cfg, dataset_name, os.path.join(output_folder, "box_level"), tasks=("bbox",)
+            )
+            evaluators.append(BoxLevelEvaluator(of_boxes))
     if cfg.TEST.NUM_PICTURES > 0:
         picture_folder = os.path.join(output_folder, "pictures")
         evaluators.append(PredictionPictures(dataset_name, picture_folder, cfg.TEST.NUM_PICTURES))
-    for name in cfg.TEST.MORE_EVALUATORS:
-        evaluators.append(EVALUATOR_REGISTRY.get(name)(cfg, dataset_name, output_folder))
+    for name in cfg.TEST.EVALUATORS:
+        if name not in _PROTOCOLS:
+            evaluators.append(EVALUATOR_REGISTRY.get(name)(cfg, dataset_name, output_folder))
     return DatasetEvaluators(evaluators)
 
 
-def evaluation_protocol(cfg: CfgNode, dataset_name: str) -> str:
+def evaluation_protocol(cfg: CfgNode, dataset_name: str) -> str | None:
     """Return how a dataset is evaluated: "coco", "sds" or, for VOC's XML with boxes only, "pascal_voc".
 
-    TEST.EVALUATOR says so or, where it is "auto", the dataset's evaluator_type; datasets of other types are evaluated
-    as COCO is.
+    Where TEST.EVALUATORS has "auto", the dataset's evaluator_type decides. Datasets of other types are evaluated as
+    COCO is. Where it names nothing but evaluators of EVALUATOR_REGISTRY, the result is None.
 
     Raises:
-        ValueError: TEST.EVALUATOR is none of its values, or TEST.MORE_EVALUATORS has a name that is not registered.
+        ValueError: TEST.EVALUATORS has a name that is unknown, or names two protocols.
     """
-    unknown = [name for name in cfg.TEST.MORE_EVALUATORS if name not in EVALUATOR_REGISTRY]
+    names = cfg.TEST.EVALUATORS
+    unknown = [name for name in names if name not in _PROTOCOLS and name not in EVALUATOR_REGISTRY]
     if unknown:
-        known = ", ".join(name for name, _ in EVALUATOR_REGISTRY) or "none"
-        raise ValueError(f"TEST.MORE_EVALUATORS has {unknown[0]!r}. In EVALUATOR_REGISTRY are: {known}.")
-    protocol = cfg.TEST.EVALUATOR
-    if protocol not in ("auto", "coco", "sds"):
-        raise ValueError(f'TEST.EVALUATOR must be "auto", "coco" or "sds", got {protocol!r}.')
-    if protocol == "auto":
-        protocol = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        known = ", ".join([*_PROTOCOLS, *(name for name, _ in EVALUATOR_REGISTRY)])
+        raise ValueError(f"TEST.EVALUATORS has {unknown[0]!r}. There are: {known}.")
+    protocols = [name for name in names if name in _PROTOCOLS]
+    if len(protocols) > 1:
+        raise ValueError(f"TEST.EVALUATORS has {' and '.join(protocols)}. Their metrics have the same names: keep one.")
+    if protocols != ["auto"]:
+        return protocols[0] if protocols else None
+    protocol = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     return protocol if protocol in ("sds", "pascal_voc") else "coco"
 
 
 def _protocol_evaluator(
-    cfg: CfgNode, dataset_name: str, output_folder: str, tasks: tuple[str, ...] | None
+    protocol: str, cfg: CfgNode, dataset_name: str, output_folder: str, tasks: tuple[str, ...] | None
 ) -> DatasetEvaluator:
     """Return the evaluator of boxes, if ``tasks`` is ``("bbox",)``, or, if None, of all that the predictions have."""
-    protocol = evaluation_protocol(cfg, dataset_name)
     if protocol == "sds":
         return SDSEvaluator(dataset_name, output_folder, tasks=tasks)
     if protocol == "pascal_voc":

@@ -94,14 +94,14 @@ def convert_layers(
         for kind, array in zip(("weight", "bias"), arrays):
             # A copy: the array may be a view of the file.
             state[f"{module}.{kind}"] = torch.tensor(_reorder(layer, array))
-    for layer, arrays in layers.items():
-        base = layer[: -len(_SHARED_SUFFIX)] if layer.endswith(_SHARED_SUFFIX) else None
-        if base in expected and arrays:
-            same = len(arrays) == len(layers.get(base, [])) and all(map(np.array_equal, arrays, layers[base]))
+    for layer, parameters in layers.items():
+        base = layer.removesuffix(_SHARED_SUFFIX)
+        if base != layer and base in expected and parameters:
+            same = len(parameters) == len(layers.get(base, [])) and all(map(np.array_equal, parameters, layers[base]))
             if not same:
                 problems.append(f"{layer} must share the parameters of {base}, but it has others")
         else:
-            unused += [f"{layer}/{index}" for index in range(2 if layer in expected else 0, len(arrays))]
+            unused += [f"{layer}/{index}" for index in range(2 if layer in expected else 0, len(parameters))]
     if problems:
         raise ValueError("This is not the released 5-stage VGG-16 model: " + "; ".join(problems) + ".")
     return state, unused

@@ -95,7 +95,7 @@ def save_mask_proposals(path: str | os.PathLike, boxes: np.ndarray, masks: np.nd
     }
     _check(arrays, path)
     with open_atomically(path) as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, boxes=arrays["boxes"], masks=arrays["masks"], scores=arrays["scores"])
 
 
 def load_mask_proposals(path: str | os.PathLike, limit: int | None = None) -> Instances:
@@ -141,10 +141,10 @@ def check_mask_proposals_file(path: str | os.PathLike) -> None:
             "named after the image."
         )
     with _named(path), zipfile.ZipFile(path) as archive:
-        shapes, dtypes = zip(*(_read_header(archive, f"{name}.npy") for name in ("boxes", "masks", "scores")))
-    if not all(np.issubdtype(dtype, np.number) and dtype.kind != "c" for dtype in (dtypes[0], dtypes[2])):
-        raise ValueError(f"Mask proposals {path}: boxes and scores must be numbers, got {dtypes[0]} and {dtypes[2]}")
-    _check_shapes(*shapes, dtypes[1], path)
+        boxes, masks, scores = (_read_header(archive, f"{name}.npy") for name in ("boxes", "masks", "scores"))
+    if not all(np.issubdtype(dtype, np.number) and dtype.kind != "c" for dtype in (boxes[1], scores[1])):
+        raise ValueError(f"Mask proposals {path}: boxes and scores must be numbers, got {boxes[1]} and {scores[1]}")
+    _check_shapes(boxes[0], masks[0], scores[0], masks[1], path)
 
 
 def _read_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:

@@ -247,7 +247,7 @@ def merge_masks(boxes: np.ndarray, masks: np.ndarray, weights: np.ndarray, regio
     """Average masks in the image.
 
     A pixel belongs to a box if its centre lies inside, and takes the value of the mask there, bilinearly between the
-    centres of the texels.
+    centres of the mask cells.
 
     Args:
         boxes: (n, 4), float32.
@@ -259,8 +259,8 @@ def merge_masks(boxes: np.ndarray, masks: np.ndarray, weights: np.ndarray, regio
         (D, height of the region, width of the region), float32.
     """
     x1, y1, x2, y2 = region
-    across = find_texels(boxes[:, 0], boxes[:, 2], np.arange(x1, x2), masks.shape[2])  # (n, w, m)
-    down = find_texels(boxes[:, 1], boxes[:, 3], np.arange(y1, y2), masks.shape[1])  # (n, h, m)
+    across = cell_weights(boxes[:, 0], boxes[:, 2], np.arange(x1, x2), masks.shape[2])  # (n, w, m)
+    down = cell_weights(boxes[:, 1], boxes[:, 3], np.arange(y1, y2), masks.shape[1])  # (n, h, m)
     stretched = masks @ across.transpose(0, 2, 1)  # (n, m, w)
     merged = np.empty((len(weights), y2 - y1, x2 - x1), dtype=np.float32)
     strip = max(1, _MAX_RENDERED // (len(boxes) * (x2 - x1)))
@@ -271,20 +271,20 @@ def merge_masks(boxes: np.ndarray, masks: np.ndarray, weights: np.ndarray, regio
     return merged
 
 
-def find_texels(start: np.ndarray, end: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
-    """Return what each of ``size`` texels, in boxes from start (n,) to end (n,), adds to pixels (w,): (n, w, size)."""
+def cell_weights(start: np.ndarray, end: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
+    """Return what each of ``size`` cells, in boxes from start (n,) to end (n,), adds to pixels (w,): (n, w, size)."""
     centers = (pixels + 0.5).astype(np.float32)
     start, end = start[:, None], end[:, None]
     inside = (centers >= start) & (centers < end)
     with np.errstate(over="ignore"):  # of boxes without extent, which no pixel is inside of
         position = (centers - start) * size / np.maximum(end - start, np.finfo(np.float32).tiny) - np.float32(0.5)
     position = np.minimum(np.maximum(position, 0), size - 1)
-    texels = position[:, :, None] - np.arange(size, dtype=np.float32)  # the distance, and in its place what it gives
-    np.abs(texels, out=texels)
-    np.subtract(1, texels, out=texels)
-    np.maximum(texels, 0, out=texels)
-    texels *= inside[:, :, None]
-    return texels
+    cells = position[:, :, None] - np.arange(size, dtype=np.float32)  # the distance, and in its place what it gives
+    np.abs(cells, out=cells)
+    np.subtract(1, cells, out=cells)
+    np.maximum(cells, 0, out=cells)
+    cells *= inside[:, :, None]
+    return cells
 
 
 def find_tight_box(occupied: np.ndarray, region: np.ndarray) -> np.ndarray | None:
@@ -366,18 +366,18 @@ def paste_detections(
 def paste_mask(mask: np.ndarray, box: np.ndarray, threshold: float, out: np.ndarray) -> None:
     """Set the pixels of an image, bool (H, W), where a mask (m, m) in the frame of a box has the threshold.
 
-    As Detectron2 does: bilinearly between the centres of texels, with zeros around the mask.
+    As Detectron2 does: bilinearly between the centres of mask cells, with zeros around the mask.
     """
     height, width = out.shape
     x1, y1 = np.maximum(np.floor(box[:2]).astype(np.int64) - 1, 0)
     x2, y2 = np.minimum(np.ceil(box[2:]).astype(np.int64) + 1, (width, height))
-    across = find_texels_with_zeros_around(box[0], box[2], np.arange(x1, x2), mask.shape[1])
-    down = find_texels_with_zeros_around(box[1], box[3], np.arange(y1, y2), mask.shape[0])
+    across = cell_weights_with_zeros_around(box[0], box[2], np.arange(x1, x2), mask.shape[1])
+    down = cell_weights_with_zeros_around(box[1], box[3], np.arange(y1, y2), mask.shape[0])
     out[y1:y2, x1:x2] = down @ mask @ across.T >= np.float32(threshold)
 
 
-def find_texels_with_zeros_around(start: float, end: float, pixels: np.ndarray, size: int) -> np.ndarray:
-    """Return what each of ``size`` texels of [start, end) adds to pixels (w,), also just outside: (w, size)."""
+def cell_weights_with_zeros_around(start: float, end: float, pixels: np.ndarray, size: int) -> np.ndarray:
+    """Return what each of ``size`` mask cells of [start, end) adds to pixels (w,), also just outside: (w, size)."""
     position = ((pixels + 0.5).astype(np.float32) - start) / (end - start) * size - np.float32(0.5)
     return np.maximum(1 - np.abs(position[:, None] - np.arange(size, dtype=np.float32)), 0)
 

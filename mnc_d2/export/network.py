@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from detectron2.modeling.proposal_generator import RPN
 from torch import nn
 from torchvision.ops import nms, roi_align
 
-from ..layers import max_pool
 from ..modeling import VGG16, CascadePooler, CausalRPN, MNCROIHeads, MultitaskNetworkCascade, RoIWarpPooler
 
 # What the network returns, see :meth:`CandidateNetwork.forward`.
@@ -23,8 +23,11 @@ CANDIDATES = ("boxes", "scores", "masks", "class_boxes")
 class CandidateNetwork(nn.Module):
     """The modules of a model, joined so that torch.export finds no size and no number of boxes to be a constant.
 
-    It computes what ``MultitaskNetworkCascade.propose`` and ``MNCROIHeads.run_passes`` do for one image at inference.
+    Stage 1 is written for one image; the passes are :meth:`MNCROIHeads.run_passes`.
     """
+
+    pixel_mean: torch.Tensor
+    pixel_std: torch.Tensor
 
     def __init__(self, model: MultitaskNetworkCascade) -> None:
         """
@@ -38,7 +41,7 @@ class CandidateNetwork(nn.Module):
         check_exportable(model)
         self.backbone = with_fixed_padding(model.backbone)
         self.rpn = model.proposal_generator
-        self.roi_heads = model.roi_heads
+        self.roi_heads = with_traceable_operators(model.roi_heads)
         self.register_buffer("pixel_mean", model.pixel_mean, persistent=False)
         self.register_buffer("pixel_std", model.pixel_std, persistent=False)
 
@@ -55,20 +58,17 @@ class CandidateNetwork(nn.Module):
         """
         height, width = image.shape[1:]
         features = self.backbone(self._pad((image - self.pixel_mean) / self.pixel_std)[None])
-        boxes = self._propose(features, height, width)
-        heads, outputs = self.roi_heads, []
-        for index in range(heads.num_passes_test):
-            cascade_pass = heads.get_pass(index)
-            mask_features, pooled = self._pool(features, boxes)
-            masks = cascade_pass.mask_head(mask_features).sigmoid()
-            predictions = cascade_pass.classifier(pooled, masks)
-            scores = predictions.seg_cls_logits.softmax(dim=1)
-            predictor = cascade_pass.classifier.predictor
-            class_boxes = predictor.predict_class_boxes(boxes, predictions.deltas)
-            outputs.append((boxes, scores[:, : heads.num_classes], masks, class_boxes))
-            if index + 1 < heads.num_passes_test:
-                boxes = self._next_boxes(predictor, boxes, predictions, scores, height, width)
-        return dict(zip(CANDIDATES, (torch.cat(of_passes) for of_passes in zip(*outputs))))
+        rois = F.pad(self._propose(features, height, width), (1, 0))
+        heads = self.roi_heads
+        outputs = heads.run_passes(features, rois, [(height, width)])
+        predictor = heads.get_pass(0).classifier.predictor
+        candidates = (
+            [x.boxes for x in outputs],
+            [x.seg_cls_probabilities[:, : heads.num_classes] for x in outputs],
+            [x.masks for x in outputs],
+            [predictor.predict_class_boxes(x.boxes, x.predictions.deltas) for x in outputs],
+        )
+        return dict(zip(CANDIDATES, map(torch.cat, candidates)))
 
     def _pad(self, image: torch.Tensor) -> torch.Tensor:
         """Pad an image at its right and lower border to sizes that the backbone takes."""
@@ -86,13 +86,11 @@ class CandidateNetwork(nn.Module):
         """Return the proposals (P, 4) of an image, highest objectness first."""
         rpn = self.rpn
         maps = [features[name] for name in rpn.in_features]
-        boxes, scores = zip(
-            *(
-                self._propose_level(level, logits[0], deltas[0], height, width)
-                for level, (logits, deltas) in enumerate(zip(*rpn.rpn_head(maps)))
-            )
-        )
-        boxes, scores = torch.cat(boxes), torch.cat(scores)
+        levels = [
+            self._propose_level(level, logits[0], deltas[0], height, width)
+            for level, (logits, deltas) in enumerate(zip(*rpn.rpn_head(maps)))
+        ]
+        boxes, scores = (torch.cat(x) for x in zip(*levels))
         order = scores.argsort(descending=True)[: rpn.post_nms_topk[False]]
         kept = scores[order] > -torch.inf
         if isinstance(rpn, CausalRPN):
@@ -129,50 +127,35 @@ class CandidateNetwork(nn.Module):
         kept = nms(boxes, scores, rpn.nms_thresh)
         return boxes[kept], scores[kept]
 
-    # ---- stages 2 and on
 
-    def _pool(self, features: dict[str, torch.Tensor], boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`CascadePooler.forward`, for boxes (R, 4)."""
-        pooler = self.roi_heads.pooler
-        pooled = self._warp([features[name] for name in pooler.in_features], boxes)
-        if pooler.mask_in_features == pooler.in_features:
-            return pooled, pooled
-        return self._warp([features[name] for name in pooler.mask_in_features], boxes), pooled
+class StackedPooler(CascadePooler):
+    """RoI warp of one image by one RoIAlign on the maps of all levels.
 
-    def _warp(self, maps: list[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
-        """RoI warp of boxes (R, 4), each from its own level: (R, C, S, S).
+    RoIAlign with one sample a bin is the same, and an operator of both formats. The results of several would have to be
+    joined and brought into order, which takes onnxruntime a fifth of their time.
+    """
 
-        RoIAlign with one sample a bin is the same, and an operator of both formats. There is one, of all levels: what
-        several give would have to be joined and brought into order, which takes onnxruntime a fifth of their time.
-        """
-        warp = self.roi_heads.pooler.pooler
-        ratio = warp.sampling_ratio
+    def forward(
+        self, features: dict[str, torch.Tensor], rois: torch.Tensor, index: int, mask_coordinates: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`CascadePooler.forward`, for RoIs (R, 5) of the first image."""
+        warp, boxes = self.pooler, rois[:, 1:]
         levels = self._levels(boxes)
-        features, tops = _stack_levels(maps, levels)
+        stacked, tops = _stack_levels([features[name] for name in self.in_features], levels)
         boxes = boxes * boxes.new_tensor(warp.scales)[levels, None]
         rois = F.pad(torch.stack((boxes[:, 0] + 1, boxes[:, 1] + tops, boxes[:, 2] + 1, boxes[:, 3] + tops), 1), (1, 0))
-        samples = roi_align(features, rois, warp.output_size * ratio, 1.0, sampling_ratio=1, aligned=True)
-        return samples if ratio == 1 else max_pool(samples, warp.output_size)
+        ratio = warp.sampling_ratio
+        pooled = roi_align(stacked, rois, warp.output_size * ratio, 1.0, sampling_ratio=1, aligned=True)
+        if ratio > 1:
+            pooled = ChannelwiseMaxPool2d(warp.output_size)(pooled)
+        return pooled, pooled
 
     def _levels(self, boxes: torch.Tensor) -> torch.Tensor:
         """Which of the maps each box belongs to, as Detectron2's ``assign_boxes_to_levels``: (R,), int64."""
-        warp = self.roi_heads.pooler.pooler
+        warp = self.pooler
         sizes = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt()
         levels = torch.floor(warp.canonical_level + torch.log2(sizes / warp.canonical_box_size + 1e-8))
         return levels.clamp(warp.min_level, warp.max_level).long() - warp.min_level
-
-    def _next_boxes(self, predictor, boxes, predictions, scores, height, width) -> torch.Tensor:
-        """As :meth:`MNCROIHeads.run_passes` finds the boxes of the next pass."""
-        heads = self.roi_heads
-        logits = predictions.seg_cls_logits
-        if not heads.next_box_background:
-            logits = logits[:, : heads.num_classes]
-        regressed = predictor.regress_boxes(boxes, predictions.deltas, logits.argmax(dim=1))
-        boxes = _clip(torch.where(regressed.isfinite(), regressed, boxes), height, width)
-        if heads.next_pass_min_score <= 0:
-            return boxes
-        background = torch.minimum(predictions.cls_logits.softmax(dim=1)[:, -1], scores[:, -1])
-        return boxes[1 - background >= heads.next_pass_min_score]
 
 
 def _stack_levels(maps: list[torch.Tensor], levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,6 +192,55 @@ def _clip(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return torch.stack((x, y), dim=2).reshape(-1, 4)
 
 
+class ChannelwiseMaxPool2d(nn.Module):
+    """Max pooling to s x s of each channel as an image of its own.
+
+    For many channels onnxruntime has another order in memory, and takes as long to bring them into it as to pool them.
+    """
+
+    def __init__(self, output_size: int) -> None:
+        super().__init__()
+        self.output_size = output_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = F.max_pool2d(x.flatten(0, 1)[:, None], x.shape[-1] // self.output_size)
+        return pooled.view(*x.shape[:2], self.output_size, self.output_size)
+
+
+class _PixelShuffledConv2d(nn.Module):
+    """A ``ConvTranspose2d`` without overlap as a convolution that predicts the pixels of a mask cell as channels.
+
+    onnxruntime keeps the features in the order of its convolutions for that.
+    """
+
+    def __init__(self, conv: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        self.scale = conv.stride[0]
+        # (in, out, k, k) to (out k k, in, 1, 1), the order of F.pixel_shuffle.
+        self.weight = nn.Parameter(conv.weight.detach().flatten(1).T[:, :, None, None].contiguous())
+        self.bias = nn.Parameter(conv.get_parameter("bias").detach().repeat_interleave(self.scale**2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(F.conv2d(x, self.weight, self.bias), self.scale)
+
+
+def _has_no_overlap(conv: nn.ConvTranspose2d) -> bool:
+    return conv.kernel_size == conv.stride == (conv.stride[0],) * 2 and conv.groups == 1 and conv.bias is not None
+
+
+def with_traceable_operators(roi_heads: MNCROIHeads) -> MNCROIHeads:
+    """Copy the heads, with operators in place of some that torch.export or onnxruntime do badly."""
+    roi_heads = copy.deepcopy(roi_heads)
+    roi_heads.pooler = StackedPooler(roi_heads.pooler.pooler, roi_heads.pooler.in_features)
+    for name, module in list(roi_heads.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, nn.AdaptiveMaxPool2d):
+            setattr(roi_heads.get_submodule(parent), child, ChannelwiseMaxPool2d(cast(int, module.output_size)))
+        elif isinstance(module, nn.ConvTranspose2d) and _has_no_overlap(module):
+            setattr(roi_heads.get_submodule(parent), child, _PixelShuffledConv2d(module))
+    return roi_heads
+
+
 def with_fixed_padding(backbone: Backbone) -> Backbone:
     """Copy a backbone, with convolutions whose padding does not depend on the size of their input.
 
@@ -242,7 +274,7 @@ class _PaddedConv2d(nn.Module):
         return F.conv2d(F.pad(x, self.padding), conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
 
 
-def check_exportable(model: nn.Module) -> None:
+def check_exportable(model: MultitaskNetworkCascade) -> None:
     """Raise a ValueError that names what of a model cannot be exported."""
     if type(model) is not MultitaskNetworkCascade:
         raise ValueError(f"Models of MODEL.META_ARCHITECTURE {type(model).__name__} cannot be exported.")
@@ -253,7 +285,7 @@ def check_exportable(model: nn.Module) -> None:
         raise ValueError(f"Models of MODEL.ROI_HEADS.NAME {type(heads).__name__} cannot be exported.")
     warp = heads.pooler.pooler
     if type(warp) is not RoIWarpPooler or warp.sampling != "center":
-        raise ValueError('Only models of MODEL.MNC.ROI_WARP_SAMPLING "center" can be exported.')
+        raise ValueError('Only models whose RoIWarpPooler samples at "center" can be exported.')
     if not heads.mask_on:
         raise ValueError("Models with MODEL.MASK_ON False cannot be exported: the results are those of mask voting.")
     if isinstance(model.backbone, VGG16):

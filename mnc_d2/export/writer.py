@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from torch.utils._config_module import ConfigModule
 from .. import __version__
 from ..checkpoint import ModelDescription
 from ..files import open_atomically
-from ..predictor import MNCPredictor, load_model_config
+from ..predictor import load_model, load_model_config
 from .network import CANDIDATES, CandidateNetwork
 
 # Name of what a file says of its model, JSON: an entry of ONNX's metadata, or an extra file of torch.export's.
@@ -68,7 +69,7 @@ def export_model(
     if cfg.INPUT.EXACT_SCALE_TEST:
         raise ValueError("Models with INPUT.EXACT_SCALE_TEST cannot be exported: the client resizes to whole pixels.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    network = CandidateNetwork(MNCPredictor(cfg).model).eval()
+    network = CandidateNetwork(load_model(cfg)).eval()
     metadata = json.dumps(describe(cfg, description, network))
     program = trace(network)
     if format == "onnx":
@@ -80,6 +81,7 @@ def export_model(
 def describe(cfg: CfgNode, description: ModelDescription, network: CandidateNetwork) -> dict:
     """Return what a client has to know of a model; plain values, which docs/export.md lists."""
     predictor = network.roi_heads.get_pass(0).classifier.predictor
+    voting = inspect.signature(network.roi_heads.vote).parameters
     classes = description.metadata(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     return {
         "version": __version__,
@@ -94,7 +96,7 @@ def describe(cfg: CfgNode, description: ModelDescription, network: CandidateNetw
         "voting": {
             "score_threshold": predictor.test_score_thresh,
             "nms_threshold": predictor.test_nms_thresh,
-            "voting_iou_threshold": cfg.MODEL.MNC.VOTING_IOU_THRESHOLD,
+            "voting_iou_threshold": voting["voting_iou_threshold"].default,
             "mask_threshold": cfg.MODEL.MNC.MASK_THRESHOLD,
             "max_detections": predictor.test_topk_per_image,
             "detection_box": cfg.MODEL.MNC.DETECTION_BOX,

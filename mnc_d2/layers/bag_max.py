@@ -1,6 +1,5 @@
 """The arithmetic of RoI warp and its max pooling: the largest of several weighted sums of feature vectors."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -35,49 +34,13 @@ def bag_max(features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch
         (R, B, C), dtype of ``features``. The gradients to ``features`` and ``weight`` are exact; where several of the
         sums are the largest the first takes the gradient, as in PyTorch's max pooling.
     """
-    return BagMaxMemory().bag_max(features, index, weight)
-
-
-class BagMaxMemory:
-    """What several calls of :func:`bag_max` share, one after another, with the same feature maps and no gradients.
-
-    The table is made once. Where sums are compared, a result takes the place of the one before, so that the memory is
-    not given back, and cleared page by page, in between.
-    """
-
-    def __init__(self) -> None:
-        self._table: torch.Tensor | None = None
-        self._result: torch.Tensor | None = None
-
-    def bag_max(self, features: Sequence[torch.Tensor], index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """As :func:`bag_max`. The result is valid until the next call."""
-        if self._table is None:
-            self._table = _make_table(features, weight.dtype)
-        table = self._table
-        if index.shape[2] == 1 and features[0].dtype == table.dtype:
-            # There is nothing to compare: the sums are the result, without a copy.
-            self._result = None
-            sums = next(_sample(table, _by_sample(index), _by_sample(weight)))
-            return sums.view(*index.shape[:2], table.shape[1])
-        shape = *index.shape[:2], table.shape[1]
-        if self._result is None or len(self._result) < math.prod(shape):
-            self._result = None  # before there is another one
-            self._result = features[0].new_empty(math.prod(shape))
-        result = self._result[: math.prod(shape)].view(shape)
-        _write_largest(result, table, index, weight)
-        return result
-
-
-def _write_largest(result: torch.Tensor, table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> None:
-    """Write the largest of the sums into ``result`` (R, B, C), chunk by chunk of the boxes."""
+    table = _make_table(features, weight.dtype)
+    result = features[0].new_empty(*index.shape[:2], table.shape[1])
     # As 32-bit integers, which are enough for any number of pixels, the copy is half as large.
     index, weight = _by_sample(index.int()), _by_sample(weight)
     for chunk in _chunks(result.shape, table):
-        samples, out = _sample(table, index[:, chunk], weight[:, chunk]), result[chunk].flatten(0, 1)
-        if out.dtype == table.dtype:
-            _largest(samples, out)
-        else:
-            out.copy_(_largest(samples))
+        result[chunk] = _largest(_sample(table, index[:, chunk], weight[:, chunk])).view_as(result[chunk])
+    return result
 
 
 @bag_max.register_fake
@@ -207,11 +170,11 @@ def _sample(table: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> I
         yield F.embedding_bag(i.flatten(0, 1), table, per_sample_weights=w.flatten(0, 1), mode="sum")
 
 
-def _largest(samples: Iterator[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
-    """The maximum, element by element, of two tensors of one shape or more; in ``out``, or the memory of the first."""
+def _largest(samples: Iterator[torch.Tensor]) -> torch.Tensor:
+    """The maximum, element by element, of tensors of one shape, in the memory of the first."""
     best = next(samples)
     for others in samples:
-        best = torch.maximum(best, others, out=best if out is None else out)
+        torch.maximum(best, others, out=best)
     return best
 
 

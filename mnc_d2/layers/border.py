@@ -6,32 +6,29 @@ from collections.abc import Sequence
 
 import torch
 
-from .device import batch_indices, tensor_on
+from .device import to_device
 
 
-def image_corners(image_sizes: Sequence[tuple[int, int]], counts: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    """The lower right corner of the image of each of R boxes, as :func:`clip_boxes` and :func:`inside_image` take it.
+def image_corners(image_sizes: Sequence[tuple[int, int]], like: torch.Tensor) -> torch.Tensor:
+    """Return the lower right corner of each image, twice, to compare boxes with.
 
     Args:
-        image_sizes: (height, width) of each image.
-        counts: number of boxes of each image, one image after another; R in all.
+        image_sizes: (height, width) of each of N images.
         like: tensor with the device and dtype of the result.
 
     Returns:
-        (R, 4), width, height, width, height.
+        (N, 4), width, height, width, height.
     """
-    if len(image_sizes) == 0:
-        return like.new_zeros(0, 4)
-    corners = tensor_on(like.device, [[width, height] * 2 for height, width in image_sizes], like.dtype)
-    return corners[batch_indices(counts, like.device)]
+    corners = [[width, height, width, height] for height, width in image_sizes]
+    return to_device(corners, like.device, like.dtype).view(-1, 4)
 
 
 def inside_image(boxes: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
-    """Tell which boxes lie wholly in their image; those that touch its border do.
+    """Tell which boxes lie wholly in their image; a box that touches the border does.
 
     Args:
         boxes: (R, 4), x1, y1, x2, y2 in image pixels.
-        corners: (R, 4), of their images, see :func:`image_corners`.
+        corners: (R, 4), each box's row of :func:`image_corners`.
 
     Returns:
         (R, 1), bool, as :func:`~mnc_d2.layers.stop_gradient_except` takes it.
@@ -41,11 +38,11 @@ def inside_image(boxes: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
 
 
 def clip_boxes(boxes: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
-    """Clip boxes to their image, as Detectron2's ``Boxes.clip``, which also checks them: a GPU would be waited for.
+    """Clip boxes to their image, as Detectron2's ``Boxes.clip``, whose check for finite numbers would wait for a GPU.
 
     Args:
         boxes: (R, 4), x1, y1, x2, y2 in image pixels.
-        corners: (R, 4), of their images, see :func:`image_corners`.
+        corners: (R, 4), each box's row of :func:`image_corners`.
 
     Returns:
         (R, 4); NaN stays NaN. A coordinate that is clipped has no gradient; one on the border has.

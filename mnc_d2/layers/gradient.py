@@ -28,21 +28,8 @@ def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
     return view
 
 
-def channels_last_gradient(x: torch.Tensor) -> torch.Tensor:
-    """Return a view of ``x`` (N, C, H, W) whose gradient is in channels_last memory format if ``x`` is.
-
-    What flattens ``x`` passes back a gradient in the order of channels. On a CPU, poolings and sums take several times
-    as long where a tensor and its gradient differ in this.
-    """
-    if not x.requires_grad or not x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    view = x.view_as(x)
-    view.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
-    return view
-
-
 def stop_gradient_except(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Return the values of ``x``, passing gradient only to the elements where the mask is true.
+    """Return the values of ``x``; only the elements where the mask is true have a gradient.
 
     Args:
         x: any tensor.

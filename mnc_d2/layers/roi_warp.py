@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .bag_max import BagMaxMemory, bag_max, pass_gradient_to_weight
-from .device import tensor_on, wants_operator
+from .bag_max import bag_max, pass_gradient_to_weight
+from .device import to_device
 
 
 def roi_warp(
@@ -55,7 +55,6 @@ def roi_warp_pyramid(
     spatial_scales: Sequence[float],
     sampling: str = "center",
     max_pool: bool = False,
-    memory: BagMaxMemory | None = None,
 ) -> torch.Tensor:
     """:func:`roi_warp` where each box samples its own level of a feature pyramid.
 
@@ -66,15 +65,12 @@ def roi_warp_pyramid(
         output_size: S.
         spatial_scales: feature-map pixels per image pixel, per level.
         sampling, max_pool: as in :func:`roi_warp`.
-        memory: of calls with the same features, one after another; where gradients may be wanted, and on a GPU, it
-            makes no difference.
 
     Returns, Raises:
-        as :func:`roi_warp`. With ``memory`` the result is valid until the next call.
+        as :func:`roi_warp`.
     """
     index, weight = _bags(features, rois, levels, output_size, spatial_scales, sampling, max_pool)
-    with_memory = memory is not None and not wants_operator(features[0])
-    return _as_images((memory.bag_max if with_memory else bag_max)(features, index, weight), output_size)
+    return _as_images(bag_max(features, index, weight), output_size)
 
 
 def roi_warp_pyramid_twice(
@@ -131,9 +127,9 @@ def _bags(
     boxes = boxes.masked_fill(~has_image[:, None], torch.nan)
     batch = torch.where(has_image, batch, 0).long()
 
-    sizes = tensor_on(device, [[x.shape[3], x.shape[2]] for x in features])[levels]  # (R, 2), width and height
-    scales = tensor_on(device, spatial_scales, boxes.dtype)[levels]
-    first_rows = tensor_on(device, [0] + [images * x.shape[2] * x.shape[3] for x in features]).cumsum(0)
+    sizes = to_device([[x.shape[3], x.shape[2]] for x in features], device)[levels]  # (R, 2), width and height
+    scales = to_device(spatial_scales, device, boxes.dtype)[levels]
+    first_rows = to_device([0] + [images * x.shape[2] * x.shape[3] for x in features], device).cumsum(0)
     widths, heights = sizes.unbind(dim=1)
     first_row = first_rows[levels] + batch * heights * widths
 

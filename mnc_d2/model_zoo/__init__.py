@@ -8,9 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from ..config import add_mnc_config
+from ..removed_keys import refuse_removed_keys
+from .upgrade import upgrade
 
 __all__ = ["get_config", "get_config_file", "load_config", "merge_overrides", "parse_config"]
 
@@ -43,7 +46,7 @@ def get_config(name: str) -> CfgNode:
 
 
 def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """Return a config with MNC's keys, not frozen.
+    """Return a config with MNC's keys, not frozen. Files of earlier versions are upgraded where they mean the same.
 
     Args:
         name_or_file: a YAML file, or the name of one of this project's configs as :func:`get_config_file` takes it; ""
@@ -60,7 +63,10 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
     if name_or_file:
         file = get_config_file(name_or_file)
         with _named_errors(file):
-            cfg.merge_from_file(file, allow_unsafe=False)
+            loaded = upgrade(_mapping(CfgNode.load_yaml_with_base(file, allow_unsafe=False)))
+            if loaded.get("VERSION", cfg.VERSION) != cfg.VERSION:
+                raise ValueError(f"VERSION is {loaded['VERSION']}. It must be {cfg.VERSION}, Detectron2's own.")
+            cfg.merge_from_other_cfg(CfgNode(loaded))
             _refuse_bombs(cfg)
     merge_overrides(cfg, overrides)
     return cfg
@@ -68,6 +74,8 @@ def load_config(name_or_file: str, overrides: Sequence[str] = ()) -> CfgNode:
 
 def parse_config(text: str, source: str) -> CfgNode:
     """Return the config that ``cfg.dump()`` made a text of, not frozen; keys that it lacks have their defaults.
+
+    A dump of an earlier version is upgraded where it means the same.
 
     Args:
         text: YAML without ``_BASE_``.
@@ -79,7 +87,7 @@ def parse_config(text: str, source: str) -> CfgNode:
     cfg = get_cfg()
     add_mnc_config(cfg)
     with _named_errors(source):
-        cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
+        cfg.merge_from_other_cfg(CfgNode(upgrade(_mapping(yaml.safe_load(text)))))
         _refuse_bombs(cfg)
     return cfg
 
@@ -91,7 +99,15 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
         ValueError: a key or value is wrong; the message says which.
     """
     with _named_errors("KEY VALUE overrides"):
+        refuse_removed_keys(overrides[::2])
         cfg.merge_from_list(list(overrides))
+
+
+def _mapping(loaded: Any) -> dict[str, Any]:
+    """Return what a YAML text holds, if that is keys and values, or nothing."""
+    if not isinstance(loaded, dict) and loaded is not None:
+        raise ValueError("it must be keys and values")
+    return loaded or {}
 
 
 def _refuse_bombs(cfg: CfgNode) -> None:

@@ -15,8 +15,9 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.visualizer import Visualizer
 
 from ..data import num_classes_from_datasets
-from ..layers import HALF_PRECISIONS, FusedConv2d, HalfPrecisionWeights
 from .mask_pasting import encode_masks, paste_masks
+from .proposal_generator import CausalRPN
+from .roi_heads import MNCROIHeads
 
 
 @META_ARCH_REGISTRY.register()
@@ -29,7 +30,6 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         *,
         mask_threshold: float = 0.4,
         outputs: Sequence[str] = ("instances",),
-        inference_precision: str = "float32",
         pred_mask_format: str = "bitmask",
         **kwargs,
     ) -> None:
@@ -38,7 +38,6 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             mask_threshold: pixels of the results are foreground from this probability on.
             outputs: what inference returns for each image, of "instances", "box_instances" and "passes"; see
                 :meth:`inference`.
-            inference_precision: of convolutions and matrix products at inference, "float32", "bfloat16" or "float16".
             pred_mask_format: of the masks that inference returns, "bitmask" or "rle".
             kwargs: those of Detectron2's ``GeneralizedRCNN``.
         """
@@ -50,13 +49,7 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             )
         self.mask_threshold = mask_threshold
         self.outputs = list(outputs)
-        names = ["float32", *HALF_PRECISIONS]
-        if inference_precision not in names:
-            raise ValueError(f"MODEL.MNC.INFERENCE_PRECISION must be one of {names}, got {inference_precision!r}")
-        self.inference_precision = inference_precision
         self.pred_mask_format = pred_mask_format
-        self._half_precision_weights = HalfPrecisionWeights()
-        FusedConv2d.convert(self)
 
     @classmethod
     def from_config(cls, cfg):
@@ -68,9 +61,20 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             **super().from_config(cfg),
             "mask_threshold": cfg.MODEL.MNC.MASK_THRESHOLD,
             "outputs": cfg.MODEL.MNC.OUTPUTS,
-            "inference_precision": cfg.MODEL.MNC.INFERENCE_PRECISION,
             "pred_mask_format": cfg.MODEL.MNC.PRED_MASK_FORMAT,
         }
+
+    def forward(self, batched_inputs: list[dict], loss_scale: float = 1.0) -> list[dict] | dict[str, torch.Tensor]:
+        """As ``GeneralizedRCNN.forward``.
+
+        Args:
+            batched_inputs: one dict per image, as Detectron2's data loaders give them.
+            loss_scale: what mixed precision multiplies the losses by. Limits of the causal gradients follow it.
+        """
+        for part in (self.proposal_generator, self.roi_heads):
+            if isinstance(part, (CausalRPN, MNCROIHeads)):
+                part.gradients.loss_scale = loss_scale
+        return super().forward(batched_inputs)
 
     def inference(
         self,
@@ -84,39 +88,22 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
             without ``do_postprocess``, one Instances per image, the "instances" below as the network yields them.
             Else, one dict per image of what MODEL.MNC.OUTPUTS names, in the frame of the image at its original size
             (``height`` and ``width`` of the inputs): "instances", the results of mask voting, or of MNC_box if
-            MODEL.MASK_ON is off; "box_instances", those of MNC_box; "passes", for each pass what it says of its boxes,
-            see :meth:`~mnc_d2.modeling.roi_heads.outputs.PassOutput.describe`. Masks of "instances" are ``pred_masks``,
-            bool (N, height, width); with the ``pred_mask_format`` "rle" they are ``pred_masks_rle``, an
-            :class:`~mnc_d2.modeling.mask_pasting.RLEMasks`.
+            MODEL.MASK_ON is off; "box_instances", the results of MNC_box; "passes", what each pass predicts for its
+            boxes, see :meth:`~mnc_d2.modeling.roi_heads.outputs.PassOutput.to_instances`. Masks of "instances" are
+            ``pred_masks``, bool (N, height, width); with the ``pred_mask_format`` "rle" they are ``pred_masks_rle``,
+            an :class:`~mnc_d2.modeling.mask_pasting.RLEMasks`.
         """
-        dtype = HALF_PRECISIONS.get(self.inference_precision)
-        if dtype is None:
-            return self._infer(batched_inputs, detected_instances, do_postprocess)
-        # Boxes, scores and masks leave the layers as float32, and NMS and voting stay with that.
-        with torch.autocast(self.device.type, dtype=dtype):
-            return self._half_precision_weights.call(
-                self, dtype, self._infer, batched_inputs, detected_instances, do_postprocess
-            )
-
-    def train(self, mode: bool = True) -> MultitaskNetworkCascade:
-        """As ``nn.Module.train``. Copies of weights that inference made are dropped: they may be out of date."""
-        self._half_precision_weights.clear()
-        return super().train(mode)
-
-    def _infer(
-        self, batched_inputs: list[dict], detected_instances: list[Instances] | None, do_postprocess: bool
-    ) -> list[dict] | list[Instances]:
         if detected_instances is not None:
             instances = super().inference(batched_inputs, detected_instances, do_postprocess=False)
             if not do_postprocess:
                 return instances
-            return [{"instances": self._postprocess_one(*of_image)} for of_image in zip(batched_inputs, instances)]
+            return [{"instances": self.postprocess(*of_image)} for of_image in zip(batched_inputs, instances)]
         features, proposals = self.propose(batched_inputs)
         results = self.roi_heads.detect(features, proposals, self.outputs if do_postprocess else ["instances"])
         if not do_postprocess:
             return results["instances"]
         return [
-            {name: self._postprocess_output(inputs, output) for name, output in zip(results, of_image)}
+            {name: self.postprocess(inputs, output) for name, output in zip(results, of_image)}
             for inputs, of_image in zip(batched_inputs, zip(*results.values()))
         ]
 
@@ -138,29 +125,20 @@ class MultitaskNetworkCascade(GeneralizedRCNN):
         return features, proposals
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """As ``GeneralizedRCNN.preprocess_image``, in channels_last, which convolutions prefer.
-
-        In training on a CPU only: on a GPU it has not been measured.
-        """
+        """As ``GeneralizedRCNN.preprocess_image``, in channels_last memory format, as the RoI warp reads features."""
         images = super().preprocess_image(batched_inputs)
-        if not self.training or self.device.type == "cpu":
-            images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
+        images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
         return images
 
-    def _postprocess_output(self, inputs: dict, output: Instances | list[Instances]) -> Instances | list[Instances]:
-        """Bring detections, or what each pass says of its boxes, to the size of the image."""
+    def postprocess(self, inputs: dict, output: Instances | list[Instances]) -> Instances | list[Instances]:
+        """Bring an output for one image to the size of the image that ``inputs`` asks for.
+
+        Detections are treated as by Detectron2's ``detector_postprocess``, but masks are pasted into ``mask_boxes``
+        where there are such, and possibly encoded. A list of what each pass predicts keeps all of its boxes.
+        """
         if isinstance(output, list):
-            return [self._resize_boxes(inputs, of_pass) for of_pass in output]
-        return self._postprocess_one(inputs, output)
-
-    def _resize_boxes(self, inputs: dict, result: Instances) -> Instances:
-        """Bring what a pass says of its boxes to the size of the image that ``inputs`` asks for; all boxes are kept."""
-        return _scale_boxes(inputs, result)
-
-    def _postprocess_one(self, inputs: dict, result: Instances) -> Instances:
-        """Bring a result to the size of the image that ``inputs`` asks for; as Detectron2's ``detector_postprocess``,
-        but masks are pasted into ``mask_boxes`` where there are such, and possibly encoded."""
-        result = _scale_boxes(inputs, result)
+            return [_scale_boxes(inputs, of_pass) for of_pass in output]
+        result = _scale_boxes(inputs, output)
         size = result.image_size
         frame = "mask_boxes" if result.has("mask_boxes") else "pred_boxes"
         for name in {"pred_boxes", frame}:

@@ -6,16 +6,17 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes
 from torch import nn
 
-from ..layers import BagMaxMemory, roi_warp_pyramid, roi_warp_pyramid_twice
+from ..layers import roi_warp_pyramid, roi_warp_pyramid_twice
 
 
 class RoIWarpPooler(nn.Module):
-    """RoI warp with the interface of Detectron2's ``ROIPooler``.
+    """RoI warp in place of Detectron2's ``ROIPooler``.
 
     A box takes its features from the pyramid level that equation 1 of the FPN paper gives to its size, with the
     gradient of the samples with respect to its coordinates.
@@ -52,83 +53,72 @@ class RoIWarpPooler(nn.Module):
         self.canonical_box_size = canonical_box_size
         self.canonical_level = canonical_level
 
-    def forward(
-        self, features: list[torch.Tensor], boxes: list[Boxes], memory: BagMaxMemory | None = None
-    ) -> torch.Tensor:
+    def forward(self, features: list[torch.Tensor], rois: torch.Tensor) -> torch.Tensor:
         """
         Args:
             features: one (N, C, H_l, W_l) per level.
-            boxes: one per image, in image pixels; R in all.
-            memory: as in :func:`mnc_d2.layers.roi_warp_pyramid`.
+            rois: (R, 5), index of the image and box, in image pixels.
 
         Returns:
-            (R, C, S, S), the boxes of all images one after another.
+            (R, C, S, S).
         """
-        return roi_warp_pyramid(features, *self._arguments(boxes), memory=memory)
+        return roi_warp_pyramid(features, *self._arguments(rois))
 
     def without_and_with_box_gradient(
-        self, features: list[torch.Tensor], boxes: list[Boxes]
+        self, features: list[torch.Tensor], rois: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what :meth:`forward` does twice: without and with a gradient to the boxes."""
-        return roi_warp_pyramid_twice(features, *self._arguments(boxes))
+        return roi_warp_pyramid_twice(features, *self._arguments(rois))
 
-    def _arguments(self, boxes: list[Boxes]) -> tuple:
-        """Those of the RoI warp after the features."""
-        # Detectron2's convert_boxes_to_pooler_format waits for a GPU.
-        rois = torch.cat([F.pad(x.tensor, (1, 0), value=image) for image, x in enumerate(boxes)])  # (R, 5)
+    def _arguments(self, rois: torch.Tensor) -> tuple:
+        """The arguments of the RoI warp after the features."""
         with torch.no_grad():
             levels = assign_boxes_to_levels(
-                boxes, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+                [Boxes(rois[:, 1:])], self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
             )
         return rois, levels, self.output_size, self.scales, self.sampling, self.sampling_ratio == 2
 
 
 class CascadePooler(nn.Module):
-    """Pools the features of boxes for the mask head and for the classifier, from the same maps or from others."""
+    """Pools the features of boxes for the mask head and for the classifier, from the same maps."""
 
-    def __init__(
-        self, pooler: RoIWarpPooler, in_features: Sequence[str], mask_in_features: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, pooler: RoIWarpPooler, in_features: Sequence[str]) -> None:
         """
         Args:
             pooler: RoI warp to S x S.
-            in_features: names of the feature maps that the classifier pools from.
-            mask_in_features: those that the mask head pools from; by default the same.
+            in_features: names of the feature maps to pool from.
         """
         super().__init__()
         self.pooler = pooler
         self.in_features = list(in_features)
-        self.mask_in_features = list(mask_in_features or in_features)
 
-    @property
-    def output_size(self) -> int:
-        """S."""
-        return self.pooler.output_size
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec], sampling: str = "center") -> CascadePooler:
+        """Build the pooler that the config describes, for feature maps of these shapes."""
+        in_features = cfg.MODEL.ROI_HEADS.IN_FEATURES
+        warp = RoIWarpPooler(
+            output_size=cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION,
+            scales=[1.0 / input_shape[name].stride for name in in_features],
+            sampling_ratio=cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO,
+            sampling=sampling,
+        )
+        return cls(warp, in_features)
 
     def forward(
-        self,
-        features: dict[str, torch.Tensor],
-        boxes: list[Boxes],
-        index: int,
-        mask_coordinate_gradient: bool = True,
-        memory: BagMaxMemory | None = None,
+        self, features: dict[str, torch.Tensor], rois: torch.Tensor, index: int, mask_coordinates: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             features: the feature maps (N, C, H, W) by name.
-            boxes: one per image, in image pixels; R in all.
+            rois: (R, 5), index of the image and box, in image pixels.
             index: of the pass, from 0; here it makes no difference.
-            mask_coordinate_gradient: whether the features for the mask head have a gradient to the boxes.
-            memory: of the passes of one inference; what one returns is valid until the next.
+            mask_coordinates: whether the features for the mask head have a gradient to the boxes.
 
         Returns:
             (R, C, S, S) for the mask head, and the same for the classifier, which always has that gradient.
         """
-        maps, mask_maps = ([features[x] for x in names] for names in (self.in_features, self.mask_in_features))
-        if self.mask_in_features != self.in_features:
-            mask_boxes = boxes if mask_coordinate_gradient else [Boxes(x.tensor.detach()) for x in boxes]
-            return self.pooler(mask_maps, mask_boxes), self.pooler(maps, boxes)
-        if not mask_coordinate_gradient:
-            return self.pooler.without_and_with_box_gradient(maps, boxes)
-        pooled = self.pooler(maps, boxes, memory)
+        maps = [features[name] for name in self.in_features]
+        if not mask_coordinates:
+            return self.pooler.without_and_with_box_gradient(maps, rois)
+        pooled = self.pooler(maps, rois)
         return pooled, pooled

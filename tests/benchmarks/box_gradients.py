@@ -9,9 +9,9 @@ direction and the way to the object; for all losses together also by the IoU of 
 out.
 
 The gradients of single losses, and of "all later", their sum, are those with respect to the coordinates of the box:
-what later stages would do with it, before MODEL.MNC.DELTA_GRADIENT_CLIP. "All" is where training moves the box: the
+what later stages would do with it, before delta_clip of MODEL.MNC.GRADIENTS. "All" is where training moves the box: the
 gradient of all losses with respect to the deltas that the box was decoded from, its own regression loss and the clip
-included. Of the RPN's own losses this has that of the anchors behind RoIs (MODEL.MNC.ROI_ANCHOR_LOSS).
+included. Of the RPN's own losses this has that of the anchors behind RoIs (its field anchors).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tabulate import tabulate
 from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.engine import MNCTrainer, argument_parser, build_config
 from mnc_d2.modeling.roi_heads.output_layers import Predictions
+from mnc_d2.modeling.roi_heads.outputs import split_by_image
 
 STEPS = (0.02, 0.002)
 NUM_BATCHES = 12
@@ -62,7 +63,7 @@ class Capture:
     """What a training step makes its boxes of, by pass: boxes, and the deltas that they were decoded from."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.boxes: list[list[torch.Tensor]] = []  # of each pass, by image
+        self.rois: list[torch.Tensor] = []  # of each pass
         self.proposals: list[Instances] = []
         self.predictions: list[Predictions] = []  # of each pass
         heads = model.roi_heads
@@ -71,7 +72,7 @@ class Capture:
         self.regress_boxes, self.num_classes = predictor.regress_boxes, heads.num_classes
         self.hooks = [
             heads.register_forward_pre_hook(lambda module, args: setattr(self, "proposals", args[2])),
-            heads.pooler.register_forward_pre_hook(lambda module, args: self.boxes.append([x.tensor for x in args[1]])),
+            heads.pooler.register_forward_pre_hook(lambda module, args: self.rois.append(args[1])),
         ]
         for of_pass in heads.passes:
             hook = of_pass.classifier.predictor.register_forward_hook(
@@ -83,17 +84,21 @@ class Capture:
         for hook in self.hooks:
             hook.remove()
 
+    def split(self, rois: torch.Tensor, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Split a tensor (R, 5) like the RoIs (R, 5) into coordinates (n, 4) of each image."""
+        return split_by_image(rois, tensor[:, 1:], len(self.proposals))
+
     def decoders(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor], Callable]]:
         """For each pass, its boxes by image, the deltas behind them, and the function that decodes all of these."""
         boxes = [x.proposal_boxes.tensor for x in self.proposals]
         anchors = torch.cat([x.anchor_boxes for x in self.proposals])
         yield boxes, [x.anchor_deltas for x in self.proposals], partial(self.decode_anchors, boxes=anchors)
-        for boxes, next_boxes, predictions in zip(self.boxes, self.boxes[1:], self.predictions):
+        for rois, next_rois, predictions in zip(self.rois, self.rois[1:], self.predictions):
             classes = predictions.seg_cls_logits[:, : self.num_classes].detach().argmax(dim=1)
-            start = torch.cat(boxes).detach()
             # Without the ground-truth boxes that may have been appended.
-            next_boxes = [x[: len(y)] for x, y in zip(next_boxes, boxes)]
-            yield next_boxes, [predictions.deltas], partial(self.regress_boxes, start, classes=classes)
+            next_boxes = [x[: len(y)] for x, y in zip(self.split(next_rois, next_rois), self.split(rois, rois))]
+            decode = partial(self.regress_boxes, rois[:, 1:].detach(), classes=classes)
+            yield next_boxes, [predictions.deltas], decode
 
 
 def measure_batch(model: torch.nn.Module, inputs: list[dict]) -> dict[tuple[int, str], torch.Tensor]:
@@ -105,9 +110,9 @@ def measure_batch(model: torch.nn.Module, inputs: list[dict]) -> dict[tuple[int,
     targets = [x["instances"].gt_boxes for x in inputs]
     results = defaultdict(list)
 
-    def add(key: tuple[int, str], boxes: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    def add(key: tuple[int, str], boxes: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
         for box, gradient, target in zip(boxes, gradients, targets):
-            if gradient is not None and len(target):
+            if len(target):
                 matched = pairwise_iou(target, Boxes(box.detach())).argmax(dim=0)
                 results[key].append(measure(box.detach(), gradient, target.tensor[matched]))
 
@@ -119,13 +124,14 @@ def measure_batch(model: torch.nn.Module, inputs: list[dict]) -> dict[tuple[int,
         add((number, "all"), boxes, change.split([len(x) for x in boxes]))
     losses = {name: loss for name, loss in losses.items() if "rpn" not in name}
     losses["all later"] = sum(losses.values())
-    for number, boxes in enumerate(capture.boxes, start=1):
+    for number, rois in enumerate(capture.rois, start=1):
         # Without the gradient of proposals or boxes (step-wise training) nothing comes through coordinates.
-        for name, loss in losses.items() if boxes[0].requires_grad else ():
+        for name, loss in losses.items() if rois.requires_grad else ():
             stage = name.rsplit("_s", 1)
             if name == "all later" or int(stage[1]) in (2 * number, 2 * number + 1):
-                gradients = torch.autograd.grad(loss, boxes, retain_graph=True, allow_unused=True)
-                add((number, stage[0]), boxes, gradients)
+                (gradient,) = torch.autograd.grad(loss, rois, retain_graph=True, allow_unused=True)
+                if gradient is not None:
+                    add((number, stage[0]), capture.split(rois, rois), capture.split(rois, gradient))
     return {key: torch.cat(values) for key, values in results.items()}
 
 

@@ -44,19 +44,11 @@ from tabulate import tabulate
 from mnc_d2.model_zoo import load_config
 
 ROOT = Path(__file__).parents[2]
-# What the causal gradients of the released code are, as in configs/Base-paper.yaml.
-PAPER = [
-    *("MODEL.MNC.COORDINATE_GRADIENT", "all", "MODEL.MNC.MASK_COORDINATE_GRADIENT", "True"),
-    *("MODEL.MNC.MOVING_TARGETS", "False", "MODEL.MNC.MASK_GRADIENT", "foreground"),
-    *("MODEL.MNC.SCALE_FEATURE_GRADIENT", "False", "MODEL.MNC.APPEND_GT_TO_LATER_PASSES", "True"),
-]
-STEPWISE = [
-    *("MODEL.MNC.PROPOSAL_GRADIENT", "False", "MODEL.MNC.BOX_GRADIENT", "False", "MODEL.MNC.MASK_GRADIENT", "none"),
-]
+STEPWISE = ["MODEL.MNC.GRADIENTS", "stepwise"]
 # Overrides of the MNC config, by name of the variant.
 MNC_VARIANTS = {
     "mnc": [],
-    "paper": PAPER,
+    "paper": ["MODEL.MNC.GRADIENTS", "released", "MODEL.ROI_HEADS.NAME", "PaperMNCROIHeads"],
     "stepwise": STEPWISE,
     "3stage": ["MODEL.MNC.NUM_PASSES_TRAIN", "1"],
     "3stage_stepwise": ["MODEL.MNC.NUM_PASSES_TRAIN", "1", *STEPWISE],

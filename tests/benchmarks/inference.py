@@ -1,5 +1,8 @@
 """Inference and training steps of MNC beside Detectron2's Mask R-CNN, and beside its own convolutions and fully
-connected layers alone. One JSON line a row; see README.md here."""
+connected layers alone. One JSON line a row; see README.md here.
+
+With --accelerate, inference of both models is that of their accelerated copies; without, of the models as they are.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ from measure import median_seconds, peak_process_memory
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from mnc_d2.layers import HALF_PRECISIONS, LinearOfMaps
+from mnc_d2.acceleration import accelerate
+from mnc_d2.layers import HALF_PRECISIONS
 from mnc_d2.model_zoo import get_config
 from mnc_d2.modeling import MultitaskNetworkCascade
 
@@ -30,7 +34,7 @@ PAIRS = {
     "R-50-FPN": {
         "MNC": "COCO-InstanceSegmentation/mnc_R_50_FPN.yaml",
         "Mask R-CNN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
-        "bars": {"inference": 1.0, "inference, shortcuts": 1.0, "training step": 1.3},
+        "bars": {"inference": 0.66, "inference, shortcuts": 0.66, "training step": 1.3},
     },
     "R-50-C4": {
         "MNC": "COCO-InstanceSegmentation/mnc_R_50_C4.yaml",
@@ -43,7 +47,7 @@ ARITHMETIC_BARS = {"float32": 1.10, "bfloat16": 1.15}
 
 
 def prepare(cfg: CfgNode, device: str, size: tuple[int, int] = (HEIGHT, WIDTH)) -> nn.Module:
-    """Build a model with random weights of which every image gives 100 detections, and no box is let off."""
+    """Build a model with random weights of which every image gives 100 detections, and no box is skipped."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = device
@@ -69,8 +73,8 @@ def prepare(cfg: CfgNode, device: str, size: tuple[int, int] = (HEIGHT, WIDTH)) 
     layers = [x for x in model.modules() if isinstance(x, FrozenBatchNorm2d)]
     hooks = [layer.register_forward_pre_hook(take_statistics) for layer in layers]
     model.eval()
-    # With gradients: without them, the layers are not called one by one.
-    model(make_inputs(1, size))
+    with torch.no_grad():
+        model(make_inputs(1, size))
     for hook in hooks:
         hook.remove()
     return model
@@ -110,12 +114,14 @@ def train_step(model: nn.Module, inputs: list[dict], precision: str = "float32")
 @torch.no_grad()
 def detect(model: nn.Module, inputs: list[dict], precision: str = "float32") -> int:
     """Run inference; return the number of detections in the first image."""
-    if isinstance(model, MultitaskNetworkCascade):
-        model.inference_precision = precision
-        return len(model(inputs)[0]["instances"])
     dtype = HALF_PRECISIONS.get(precision)
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
         return len(model(inputs)[0]["instances"])
+
+
+def maybe_accelerate(model: nn.Module, precision: str, options: argparse.Namespace) -> nn.Module:
+    """Return the accelerated copy of a model in a precision, if --accelerate asks for it, or else the model."""
+    return accelerate(model, HALF_PRECISIONS.get(precision)) if options.accelerate else model
 
 
 @torch.no_grad()
@@ -126,7 +132,7 @@ def let_some_boxes_on(model: MultitaskNetworkCascade, inputs: list[dict], share:
     """
     model.roi_heads.next_pass_min_score = 0.0
     if share < 1:
-        model.inference_precision, model.outputs = "float32", ["instances", "passes"]
+        model.outputs = ["instances", "passes"]
         first_pass = model(inputs)[0]["passes"][0]
         model.outputs = ["instances"]
         background = torch.minimum(first_pass.cls_probabilities[:, -1], first_pass.seg_cls_probabilities[:, -1])
@@ -144,7 +150,6 @@ def arithmetic_alone(model: nn.Module, inputs: list[dict], precision: str) -> Ca
         hook.remove()
     dtype = HALF_PRECISIONS.get(precision, torch.float32)
     calls = [(layer, x.to(dtype)) for layer, x in calls]
-    calls = [(layer, x.flatten(1) if isinstance(layer, LinearOfMaps) else x) for layer, x in calls]
     weights = {layer: [None if x is None else x.to(dtype) for x in (layer.weight, layer.bias)] for layer in layers}
 
     @torch.no_grad()
@@ -191,11 +196,13 @@ def compare_pair(name: str, options: argparse.Namespace) -> None:
         let_some_boxes_on(models["MNC"], image, share)
         for precision in options.precisions:
             row = {"pair": name, "measure": measure, "precision": precision, "bar": pair["bars"][measure]}
-            row["detections"] = {key: detect(model, image, precision) for key, model in models.items()}
-            calls = {key: partial(detect, model, image, precision) for key, model in models.items()}
+            row["accelerated"] = options.accelerate
+            measured = {key: maybe_accelerate(model, precision, options) for key, model in models.items()}
+            row["detections"] = {key: detect(model, image, precision) for key, model in measured.items()}
+            calls = {key: partial(detect, model, image, precision) for key, model in measured.items()}
             print_row(calls, options, **row)
     if options.profile:
-        print_profile(models["MNC"], image)
+        print_profile(maybe_accelerate(models["MNC"], "float32", options), image)
     if not options.no_training:
         images = make_inputs(2)
         calls = {key: partial(train_step, model.train(), images) for key, model in models.items()}
@@ -206,15 +213,17 @@ def compare_arithmetic(options: argparse.Namespace) -> None:
     """Print the rows of MNC with VGG-16 beside its own convolutions and fully connected layers alone."""
     cfg = get_config(VGG_16)
     model, image = prepare(cfg, options.device), make_inputs(1)
-    calls = {precision: partial(detect, model, image, precision) for precision in options.precisions}
+    measured = {precision: maybe_accelerate(model, precision, options) for precision in options.precisions}
+    calls = {precision: partial(detect, x, image, precision) for precision, x in measured.items()}
     for precision, call in calls.items():
         alone = arithmetic_alone(model, image, precision)
         row = {"model": "VGG-16", "precision": precision, "bar": ARITHMETIC_BARS[precision]}
+        row["accelerated"] = options.accelerate
         print_row({"whole call": call, "arithmetic alone": alone}, options, detections=call(), **row)
     if len(calls) > 1:
         print_row(calls, options, model="VGG-16", measure="float32 / bfloat16", bar="at least 3")
     if options.profile:
-        print_profile(model, image)
+        print_profile(maybe_accelerate(model, "float32", options), image)
 
 
 def print_profile(model: nn.Module, inputs: list[dict]) -> None:
@@ -231,6 +240,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[*PAIRS, "VGG-16"], default=[*PAIRS, "VGG-16"])
     parser.add_argument("--precisions", nargs="+", choices=list(ARITHMETIC_BARS), default=list(ARITHMETIC_BARS))
     parser.add_argument("--share", type=float, default=0.5, help="of the boxes that go on to the second pass")
+    parser.add_argument("--accelerate", action="store_true", help="inference of both models, see mnc_d2.acceleration")
     parser.add_argument("--no-training", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print where the time goes as well")
     options = parser.parse_args()

@@ -12,6 +12,7 @@ from detectron2.structures import Boxes
 from measure import median_seconds, peak_memory
 
 from mnc_d2.modeling import RoIWarpPooler
+from mnc_d2.modeling.roi_heads.labels import boxes_to_rois
 
 SIZE = 14
 # Of an image of about 600 x 800 (VGG-16, stride 16) and of one of 800 x 1024 (FPN).
@@ -52,7 +53,8 @@ class Case:
         self.gradient = torch.randn(rois, channels, SIZE, SIZE, generator=generator).to(device, dtype)
 
     def warp(self) -> torch.Tensor:
-        return RoIWarpPooler(SIZE, self.scales, sampling_ratio=2)(self.features, [Boxes(self.boxes)])
+        rois = boxes_to_rois([Boxes(self.boxes)])
+        return RoIWarpPooler(SIZE, self.scales, sampling_ratio=2)(self.features, rois)
 
     def align_and_pool(self) -> torch.Tensor:
         """The same samples and the same maximum, but without a gradient to the boxes."""

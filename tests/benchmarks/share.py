@@ -21,7 +21,7 @@ def first_pass_scores(model: torch.nn.Module, cfg: CfgNode) -> torch.Tensor:
     """Return what decides whether a box goes on, for the boxes of all images."""
     scores = []
     for inputs in MNCTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0]):
-        scores.append(model.roi_heads.run_passes(*model.propose(inputs))[0].foreground_probabilities)
+        scores.append(model.roi_heads.predict(*model.propose(inputs))[0].foreground_probabilities)
     return torch.cat(scores)
 
 

@@ -1,9 +1,10 @@
 """Inference of trained models side by side, part by part: MNC first, then for example Mask R-CNN.
 
-    python tests/benchmarks/trained.py MNC.pth MASK_RCNN.pth --images FOLDER [--threads 1] [--limit 40]
+    python tests/benchmarks/trained.py MNC.pth MASK_RCNN.pth --images FOLDER [--threads 1] [--limit 40] [--accelerate]
 
-Each image goes through all models before the next one does. One JSON line a model: the median over repeats of the
-seconds for all images, of the whole call, the backbone, stage 1 (RPN), and the rest: heads, voting or NMS, and pasting.
+The models are as they are, or with --accelerate their accelerated copies, in MODEL.MNC.INFERENCE_PRECISION. Each image
+goes through all models before the next one does. One JSON line a model: the median over repeats of the seconds for all
+images, of the whole call, the backbone, stage 1 (RPN), and the rest: heads, voting or NMS, and pasting.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from detectron2.data.detection_utils import read_image
 
 from mnc_d2 import load_predictor
+from mnc_d2.predictor import load_model
 
 
 class Stopwatch:
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="number of images")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--accelerate", action="store_true", help="all models, see mnc_d2.acceleration")
     parser.add_argument("--opts", nargs="+", default=[], help="KEY VALUE pairs for models that know the keys")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -67,12 +70,15 @@ def main() -> None:
     predictors = {}
     for path in options.models:
         predictors[path] = load_predictor(path, overrides=options.opts)
+        if not options.accelerate:
+            predictors[path].model = load_model(predictors[path].cfg)
         predictors[path].stopwatch = Stopwatch(predictors[path].model)
     measure(predictors, images[:2])
     rounds = [measure(predictors, images) for _ in range(options.repeats)]
     for path in options.models:
         parts = {x: statistics.median(seconds[path][x] for seconds in rounds) for x in rounds[0][path]}
-        print(json.dumps({"model": path, "images": len(images), **{x: round(y, 3) for x, y in parts.items()}}))
+        row = {"model": path, "accelerated": options.accelerate, "images": len(images)}
+        print(json.dumps({**row, **{x: round(y, 3) for x, y in parts.items()}}))
 
 
 if __name__ == "__main__":

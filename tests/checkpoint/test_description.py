@@ -15,6 +15,7 @@ from mnc_d2.checkpoint import ModelDescription, read_description
 from mnc_d2.data import register_coco_dataset
 from mnc_d2.engine import MNCTrainer
 from mnc_d2.model_zoo import parse_config
+from mnc_d2.predictor import load_model
 
 CLASSES = ["disc", "square"]
 
@@ -75,7 +76,7 @@ def test_one_file_makes_a_predictor(run, tmp_path):
     assert predictor.metadata.thing_colors == [[255, 0, 0], [0, 0, 255]]
     assert not predictor.model.training
     trained = torch.load(alone, weights_only=True)["model"]
-    assert all(torch.equal(x, trained[name]) for name, x in predictor.model.state_dict().items())
+    assert all(torch.equal(x, trained[name]) for name, x in load_model(predictor.cfg).state_dict().items())
     one, two = predictor.predict_batch([random_image(), random_image()[::-1]])
     assert len(one["instances"]) > 0
     for image, output in ((random_image(), one), (random_image()[::-1], two)):

@@ -46,23 +46,28 @@ def evaluators(cfg, folder):
 )
 def test_protocol_is_that_of_the_key_or_of_the_dataset(dataset, small_config, key, dataset_type, protocol):
     retype(dataset, dataset_type)
-    assert evaluation_protocol(small_config(**{"TEST.EVALUATOR": key}), "drawn") == protocol
+    assert evaluation_protocol(small_config(**{"TEST.EVALUATORS": [key]}), "drawn") == protocol
 
 
 def test_protocol_that_does_not_exist_is_named(dataset, small_config):
-    with pytest.raises(ValueError, match='TEST.EVALUATOR must be "auto", "coco" or "sds", got \'voc\''):
-        evaluation_protocol(small_config(**{"TEST.EVALUATOR": "voc"}), "drawn")
+    with pytest.raises(ValueError, match="TEST.EVALUATORS has 'voc'. There are: auto, coco, sds"):
+        evaluation_protocol(small_config(**{"TEST.EVALUATORS": ["voc"]}), "drawn")
+
+
+def test_two_protocols_are_an_error(dataset, small_config):
+    with pytest.raises(ValueError, match="TEST.EVALUATORS has coco and sds. Their metrics have the same names"):
+        evaluation_protocol(small_config(**{"TEST.EVALUATORS": ["coco", "sds"]}), "drawn")
 
 
 def test_evaluator_that_is_not_registered_is_named(dataset, small_config, tmp_path):
-    cfg = small_config(**{"TEST.MORE_EVALUATORS": ["Count"]})
-    with pytest.raises(ValueError, match="TEST.MORE_EVALUATORS has 'Count'. In EVALUATOR_REGISTRY are: "):
+    cfg = small_config(**{"TEST.EVALUATORS": ["auto", "Count"]})
+    with pytest.raises(ValueError, match="TEST.EVALUATORS has 'Count'. There are: "):
         evaluators(cfg, tmp_path)
 
 
 @pytest.mark.parametrize(("protocol", "kind"), [("coco", FasterCOCOEvaluator), ("sds", SDSEvaluator)])
 def test_evaluators_of_a_protocol(dataset, small_config, tmp_path, protocol, kind):
-    cfg = small_config(**{"TEST.EVALUATOR": protocol, "TEST.NUM_PICTURES": 0})
+    cfg = small_config(**{"TEST.EVALUATORS": [protocol], "TEST.NUM_PICTURES": 0})
     (only,) = evaluators(cfg, tmp_path)
     assert type(only) is kind and isinstance(only, (COCOEvaluator, SDSEvaluator))
     cfg.MODEL.MNC.OUTPUTS, cfg.TEST.NUM_PICTURES = ["instances", "box_instances"], 1
@@ -83,7 +88,7 @@ def test_voc_xml_is_evaluated_by_detectron2(small_config, tmp_path):
 def test_masks_are_left_out_where_ground_truth_lacks_some(dataset, small_config, tmp_path):
     vars(dataset)["has_all_masks"] = False
     for protocol in ("coco", "sds"):
-        (only,) = evaluators(small_config(**{"TEST.EVALUATOR": protocol, "TEST.NUM_PICTURES": 0}), tmp_path)
+        (only,) = evaluators(small_config(**{"TEST.EVALUATORS": [protocol], "TEST.NUM_PICTURES": 0}), tmp_path)
         assert only._tasks == ("bbox",)
 
 

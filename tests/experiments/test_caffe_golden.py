@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 
 from mnc_d2.checkpoint import MNCCheckpointer
 from mnc_d2.data import build_test_resize, exact_scale, scaled_size
@@ -78,9 +77,8 @@ def features(model, images):
 @pytest.fixture(scope="module")
 def passes(model, images, features, golden):
     """The cascade on the golden proposals."""
-    boxes = Boxes(torch.from_numpy(golden["rois"][:, 1:]))
     with torch.no_grad():
-        return model.roi_heads.run_passes(features, [Instances(images.image_sizes[0], proposal_boxes=boxes)])
+        return model.roi_heads.run_passes(features, torch.from_numpy(golden["rois"]), images.image_sizes)
 
 
 def largest_difference(ours, theirs):
@@ -159,9 +157,9 @@ def test_proposals_of_the_image(model, images, features, golden):
 @pytest.mark.slow
 @pytest.mark.parametrize("index, suffix", [(0, ""), (1, "_ext")])
 def test_features_of_boxes(model, features, golden, index, suffix):
-    boxes = torch.from_numpy(golden[f"rois{suffix}"][golden["sub_rois"], 1:])
+    rois = torch.from_numpy(golden[f"rois{suffix}"][golden["sub_rois"]])
     with torch.no_grad():
-        pooled, _ = model.roi_heads.pooler(features, [Boxes(boxes)], index)
+        pooled, _ = model.roi_heads.pooler(features, rois, index)
     assert largest_difference(pooled[:, :32], golden[f"warp_sub{suffix}"]) < NOISE
 
 
@@ -172,9 +170,10 @@ def test_resizing_of_masks(golden, suffix):
     assert largest_difference(resize_masks(masks, 14), golden[f"mask_resize_first64{suffix}"]) < 1e-6
 
 
-def check_pass(masks, cls_logits, seg_cls_logits, deltas, golden, suffix):
+def check_pass(output, golden, suffix):
     """Compare with the golden arrays, where the background comes first."""
-    assert largest_difference(masks, golden[f"mask_proposal{suffix}"]) < NOISE
+    cls_logits, seg_cls_logits, deltas = output.predictions
+    assert largest_difference(output.masks, golden[f"mask_proposal{suffix}"]) < NOISE
     assert largest_difference(cls_logits.softmax(dim=1).roll(1, dims=1), golden[f"cls_prob{suffix}"]) < NOISE
     assert largest_difference(seg_cls_logits.softmax(dim=1).roll(1, dims=1), golden[f"seg_cls_prob{suffix}"]) < NOISE
     assert largest_difference(deltas.roll(4, dims=1), golden[f"bbox_pred{suffix}"]) < NOISE
@@ -182,25 +181,21 @@ def check_pass(masks, cls_logits, seg_cls_logits, deltas, golden, suffix):
 
 @pytest.mark.slow
 def test_first_pass_on_the_golden_proposals(passes, golden):
-    output = passes[0]
-    check_pass(output.masks, output.cls_logits, output.seg_cls_logits, output.deltas, golden, "")
+    check_pass(passes[0], golden, "")
 
 
 @pytest.mark.slow
 def test_boxes_of_the_second_pass(passes, golden):
-    assert largest_difference(passes[1].boxes[0].tensor, golden["rois_ext"][:, 1:]) < 0.02
+    assert largest_difference(passes[1].boxes, golden["rois_ext"][:, 1:]) < 0.02
 
 
 @pytest.mark.slow
 def test_second_pass_on_the_golden_boxes(model, features, golden):
-    heads, boxes = model.roi_heads, Boxes(torch.from_numpy(golden["rois_ext"][:, 1:]))
-    joints = []
+    joints, heads = [], model.roi_heads
     hook = heads.passes[0].classifier.predictor.register_forward_pre_hook(lambda _, inputs: joints.append(inputs[0]))
     try:
         with torch.no_grad():
-            _, pooled = heads.pooler(features, [boxes], 1)
-            masks = heads.passes[0].mask_head(pooled).sigmoid()
-            check_pass(masks, *heads.passes[0].classifier(pooled, masks), golden, "_ext")
+            check_pass(heads.run_pass(1, features, torch.from_numpy(golden["rois_ext"])), golden, "_ext")
     finally:
         hook.remove()
     # The mask path comes first.

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes
 from modeling.caffe_reference import random_boxes, slow_decode, slow_iou
 
 from mnc_d2.experiments.caffe import CaffeMNCROIHeads, InclusiveBoxTransform
@@ -14,6 +13,7 @@ from mnc_d2.experiments.caffe.roi_heads import CaffeCascadePooler, resize_masks
 from mnc_d2.experiments.caffe.voting import vote_masks
 from mnc_d2.layers import roi_warp
 from mnc_d2.modeling import RoIWarpPooler
+from mnc_d2.modeling.roi_heads.output_layers import Predictions
 from mnc_d2.modeling.roi_heads.outputs import PassOutput
 
 
@@ -22,7 +22,10 @@ def make_heads(make_roi_heads):
     def make():
         warp = RoIWarpPooler(4, [1 / 4], sampling_ratio=2, sampling="caffe")
         heads = make_roi_heads(
-            roi_heads=CaffeMNCROIHeads, pooler=CaffeCascadePooler(warp, ["map"]), vote=vote_masks
+            roi_heads=CaffeMNCROIHeads,
+            pooler=CaffeCascadePooler(warp, ["map"]),
+            vote=vote_masks,
+            next_box_background=True,
         ).eval()
         heads.passes[0].classifier.predictor.box2box_transform = InclusiveBoxTransform((10.0, 10.0, 5.0, 5.0))
         return heads
@@ -42,23 +45,26 @@ def make_output(boxes, num_classes=2, seed=0):
 
     cls_logits, seg_cls_logits = 2 * random(num_classes + 1), 2 * random(num_classes + 1)
     masks, deltas = random(4, 4).sigmoid(), 2 * random(4 * num_classes + 4)
-    return PassOutput(0, [Boxes(boxes)], [SIZE], masks, cls_logits, seg_cls_logits, deltas)
+    rois = torch.cat((torch.zeros(len(boxes), 1), boxes), dim=1)
+    return PassOutput(0, rois, masks, Predictions(cls_logits, seg_cls_logits, deltas))
 
 
-def test_next_boxes_are_those_of_the_best_class_of_all_with_the_background(make_heads):
-    output = make_output(random_boxes(30, limit=40.0))
-    (result,) = make_heads()._next_boxes(output)
+def test_next_boxes_are_those_of_the_best_class_of_all_with_the_background(make_heads, make_map):
+    heads, output = make_heads(), make_output(random_boxes(30, limit=40.0))
+    heads.passes[0].classifier.predictor.register_forward_hook(lambda *_: output.predictions)
+    with torch.no_grad():
+        _, after = heads.run_passes(make_map(), output.rois, [SIZE])
     background = 0
-    for i, box in enumerate(output.boxes[0].tensor.tolist()):
-        logits = output.seg_cls_logits[i].tolist()
+    for i, box in enumerate(output.boxes.tolist()):
+        logits = output.predictions.seg_cls_logits[i].tolist()
         cls = logits.index(max(logits))
         background += cls == 2
-        deltas = output.deltas[i, 4 * cls : 4 * cls + 4].tolist()
+        deltas = output.predictions.deltas[i, 4 * cls : 4 * cls + 4].tolist()
         decoded = slow_decode(box, [d / w for d, w in zip(deltas, (10, 10, 5, 5))])
         expected = [min(max(v, 0), limit - 1) for v, limit in zip(decoded, (48, 64, 48, 64))]
-        assert result.tensor[i].tolist() == pytest.approx(expected, abs=1e-4)
+        assert after.boxes[i].tolist() == pytest.approx(expected, abs=1e-4)
     assert 0 < background < 30
-    assert (result.tensor[:, 2] == 47).any()
+    assert (after.boxes[:, 2] == 47).any()
 
 
 @pytest.mark.parametrize("length, size", [(21, 14), (28, 14), (14, 14), (5, 7)])
@@ -82,23 +88,23 @@ def test_only_the_first_pass_takes_the_maximum_of_samples(make_heads, make_map, 
     features, boxes = make_map(), random_boxes(5)
     rois = torch.cat((torch.zeros(5, 1), boxes), dim=1)
     for index in range(3):
-        pooled, same = heads.pooler(features, [Boxes(boxes)], index)
+        pooled, same = heads.pooler(features, rois, index)
         assert pooled is same
         assert torch.equal(pooled, roi_warp(features["map"], rois, 4, 1 / 4, "caffe", max_pool=index == 0))
 
 
 def original_boxes(output):
     """Boxes of a pass in the original image."""
-    rows = [[v / 1.3 for v in box] for box in output.boxes[0].tensor.tolist()]
+    rows = [[v / 1.3 for v in box] for box in output.boxes.tolist()]
     return torch.tensor([[min(max(v, 0), limit - 1) for v, limit in zip(row, (37, 49) * 2)] for row in rows])
 
 
 def test_voting_is_in_the_original_image(make_heads):
     outputs = [make_output(random_boxes(12, limit=50.0, seed=i), seed=i) for i in range(2)]
-    (result,) = make_heads().detect_instances(outputs)
+    (result,) = make_heads().reduce(outputs, [SIZE], ["instances"])["instances"]
     expected = vote_masks(
         torch.cat([original_boxes(x) for x in outputs]),
-        torch.cat([x.seg_cls_logits.softmax(dim=1)[:, :2] for x in outputs]),
+        torch.cat([x.predictions.seg_cls_logits.softmax(dim=1)[:, :2] for x in outputs]),
         torch.cat([x.masks for x in outputs]),
         (49, 37),
         nms_threshold=0.5,
@@ -114,19 +120,19 @@ def test_voting_is_in_the_original_image(make_heads):
 def test_boxes_of_full_masks_hold_their_last_pixels(make_heads):
     output = make_output(torch.tensor([[13.0, 26.0, 26.0, 52.0]]))
     output.masks = torch.ones(1, 4, 4)
-    (result,) = make_heads().detect_instances([output])
+    (result,) = make_heads().reduce([output], [SIZE], ["instances"])["instances"]
     # Pixels 10 to 20 and 20 to 40 of the original image.
     assert result.pred_boxes.tensor.tolist() == [[10.0, 20.0, 21.0, 41.0]] * len(result)
 
 
 def test_box_level_results_are_regressed_in_the_original_image(make_heads):
     output = make_output(random_boxes(8, limit=50.0))
-    (result,) = make_heads().detect_boxes([output])
-    probabilities = output.cls_logits.softmax(dim=1)
+    (result,) = make_heads().reduce([output], [SIZE], ["box_instances"])["box_instances"]
+    probabilities = output.predictions.cls_logits.softmax(dim=1)
     candidates = []
     for i, box in enumerate(original_boxes(output).tolist()):
         for cls in range(2):
-            deltas = output.deltas[i, 4 * cls : 4 * cls + 4].tolist()
+            deltas = output.predictions.deltas[i, 4 * cls : 4 * cls + 4].tolist()
             decoded = slow_decode(box, [d / w for d, w in zip(deltas, (10, 10, 5, 5))])
             clipped = [min(max(v, 0), limit - 1) for v, limit in zip(decoded, (37, 49) * 2)]
             candidates.append((probabilities[i, cls].item(), cls, clipped))

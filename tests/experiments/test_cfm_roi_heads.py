@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from modeling.inputs import SIZE, make_inputs
 from torch import nn
@@ -22,9 +22,9 @@ class GivenMasks(nn.Module):
         super().__init__()
         self.masks = masks
 
-    def forward(self, features):
+    def layers(self, features):
         assert len(features) == len(self.masks)
-        return self.masks.logit()
+        return self.masks.logit()[:, None]
 
 
 @pytest.fixture
@@ -55,14 +55,13 @@ def test_losses_are_those_of_stage_3_with_the_same_masks(
             proposals = make_mask_proposals(BOXES, masks)
         else:
             torch.manual_seed(1)
-            order = make_roi_heads(proposal_append_gt=False).label_proposals(
-                [Boxes(torch.tensor(BOXES))], [target], sample=True
+            order = make_roi_heads(proposal_append_gt=False).label_boxes(
+                [Boxes(torch.tensor(BOXES))], [target], is_first=True
             )
             heads = make_roi_heads(
                 proposal_append_gt=False,
                 num_passes_train=1,
-                mask_gradient="all",  # of which masks that are given have none; the mask head sees all RoIs at once
-                mask_head=GivenMasks(masks[order[0].proposal_index]),
+                mask_head=GivenMasks(masks[order.proposal_index]),
             )
             proposals = make_proposals(BOXES)
         reference = make_roi_heads().state_dict()
@@ -70,10 +69,10 @@ def test_losses_are_those_of_stage_3_with_the_same_masks(
         torch.manual_seed(1)
         losses.append(heads(None, make_map(), [proposals], [target])[1])
     cfm, mnc = losses
-    assert set(cfm) == {"loss_cls", "loss_seg_cls", "loss_box_reg"}
+    assert set(cfm) == {"loss_cls_s3", "loss_seg_cls_s3", "loss_box_reg_s3"}
     for name, loss in cfm.items():
         # logit and sigmoid undo each other up to rounding.
-        torch.testing.assert_close(loss, mnc[f"{name}_s3"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss, mnc[name], rtol=1e-5, atol=1e-6)
     assert all(loss > 0 for loss in cfm.values())
 
 
@@ -96,8 +95,8 @@ def test_a_mask_that_misses_the_instance_is_background_at_mask_level(
     masks = torch.ones(2, 4, 4)
     masks[1, :, :2] = masks[1, :2] = 0  # a quarter of the second box, whose instance fills it
     (labelled,), _ = heads(None, make_map(), [make_mask_proposals(BOXES[:2], masks)], [make_target(GT, [1, 0])])
-    by_index = dict(zip(labelled.proposal_index.tolist(), labelled.gt_seg_classes.tolist()))
-    assert by_index == {0: 1, 1: heads.num_classes}
+    index = [BOXES.index(pytest.approx(box)) for box in labelled.proposal_boxes.tensor.tolist()]
+    assert dict(zip(index, labelled.gt_seg_classes.tolist())) == {0: 1, 1: heads.num_classes}
     assert sorted(labelled.gt_classes.tolist()) == [0, 1]
 
 
@@ -117,9 +116,11 @@ def test_proposals_without_masks_are_an_error_that_names_the_key(make_roi_heads,
         heads(None, make_map(), [make_proposals(BOXES)], [make_target(GT, [1, 0])])
 
 
-def test_masks_for_given_boxes_are_an_error(make_roi_heads):
-    with pytest.raises(TypeError, match="test-time augmentation"):
-        make_roi_heads(roi_heads=CFMROIHeads).forward_with_given_boxes({}, [])
+def test_masks_for_given_boxes_are_an_error(make_roi_heads, make_map):
+    heads = make_roi_heads(roi_heads=CFMROIHeads)
+    heads.passes[0].mask_head = None  # as build_passes has it
+    with pytest.raises(TypeError, match="needs masks that are given"):
+        heads.forward_with_given_boxes(make_map(), [Instances((64, 64), pred_boxes=Boxes(torch.tensor(BOXES)))])
 
 
 def test_it_learns_to_tell_proposals_made_from_ground_truth(small_config):

@@ -18,7 +18,7 @@ from mnc_d2.checkpoint import ModelDescription
 from mnc_d2.cli import main
 from mnc_d2.export import export_model, writer
 from mnc_d2.export.network import CandidateNetwork
-from mnc_d2.predictor import load_predictor
+from mnc_d2.predictor import load_model, load_predictor
 
 onnx = pytest.importorskip("onnx")
 for package in ("onnxscript", "onnxruntime"):
@@ -74,7 +74,7 @@ def predictor(checkpoint):
 @pytest.fixture(scope="module")
 def program(predictor):
     """What torch.export makes of the model: once, as it takes its time."""
-    return writer.trace(CandidateNetwork(predictor.model).eval())
+    return writer.trace(CandidateNetwork(load_model(predictor.cfg)).eval())
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +104,12 @@ def candidates_of(predictor, image):
     heads = predictor.model.roi_heads
     with torch.no_grad():
         features, proposals = predictor.model.propose([predictor._to_input(image[:, :, ::-1])])
-        outputs = heads.run_passes(features, proposals)
-    columns = [(x.box_tensor, x.seg_cls_probabilities[:, :-1], x.masks, heads._class_boxes(x)) for x in outputs]
-    return [torch.cat(x).numpy() for x in zip(*columns)], [len(x.box_tensor) for x in outputs]
+        outputs = heads.predict(features, proposals)
+    regress = heads.get_pass(0).classifier.predictor.predict_class_boxes
+    columns = [
+        (x.boxes, x.seg_cls_probabilities[:, :-1], x.masks, regress(x.boxes, x.predictions.deltas)) for x in outputs
+    ]
+    return [torch.cat(x).numpy() for x in zip(*columns)], [len(x.boxes) for x in outputs]
 
 
 # Convolutions and sums are in another order than PyTorch's: pixels, probabilities.
@@ -180,7 +183,7 @@ def test_the_file_says_what_a_client_needs(client, predictor):
     assert client.settings["voting"] == {
         "score_threshold": 0.2,
         "nms_threshold": cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST,
-        "voting_iou_threshold": cfg.MODEL.MNC.VOTING_IOU_THRESHOLD,
+        "voting_iou_threshold": 0.5,
         "mask_threshold": cfg.MODEL.MNC.MASK_THRESHOLD,
         "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
         "detection_box": cfg.MODEL.MNC.DETECTION_BOX,
@@ -235,7 +238,7 @@ def test_what_is_wrong_is_said_in_a_sentence(files, checkpoint, tmp_path, monkey
     "key, value, message",
     [
         ("MODEL.MASK_ON", False, "MASK_ON"),
-        ("MODEL.MNC.ROI_WARP_SAMPLING", "caffe", "ROI_WARP_SAMPLING"),
+        ("MODEL.ROI_HEADS.NAME", "PaperMNCROIHeads", "MODEL.ROI_HEADS.NAME PaperMNCROIHeads"),
         ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals", "RPN"),
         ("MODEL.META_ARCHITECTURE", "CaffeMultitaskNetworkCascade", "META_ARCHITECTURE"),
     ],

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from mnc_d2.layers import bag_max as module
-from mnc_d2.layers.bag_max import BagMaxMemory, bag_max
+from mnc_d2.layers.bag_max import bag_max
 
 
 def make_generator(seed=0):
@@ -140,24 +140,3 @@ def test_rows_that_occur_and_all_rows_give_the_same_sums():
 def test_operator_is_registered_as_pytorch_expects():
     features, index, weight = make_inputs(2, 3, 4, 4, 2)
     torch.library.opcheck(bag_max, ([x.requires_grad_() for x in features], index, weight.requires_grad_()))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("samples", [1, 4])
-def test_memory_gives_the_same_for_fewer_and_more_boxes_than_before(dtype, samples):
-    generator = torch.Generator().manual_seed(0)
-    features = [torch.randn(1, 8, size, size, generator=generator).to(dtype) for size in (6, 3)]
-    memory = BagMaxMemory()
-    for boxes in (3, 2, 0, 5):
-        index = torch.randint(45, (boxes, 4, samples, 4), generator=generator)
-        weight = torch.rand(boxes, 4, samples, 4, generator=generator)
-        assert torch.equal(memory.bag_max(features, index, weight), bag_max(features, index, weight))
-
-
-@torch.no_grad()
-def test_memory_is_used_again():
-    features, memory = [torch.ones(1, 8, 6, 6)], BagMaxMemory()
-    index, weight = torch.zeros(3, 4, 2, 4, dtype=torch.int64), torch.ones(3, 4, 2, 4)
-    first, second = (memory.bag_max(features, index, weight) for _ in range(2))
-    assert first.data_ptr() == second.data_ptr()

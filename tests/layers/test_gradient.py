@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mnc_d2.layers import channels_last_gradient, clip_gradient, stop_gradient_except
+from mnc_d2.layers import clip_gradient, stop_gradient_except
 
 GRADIENT = torch.tensor([-3.0, -0.5, 0.0, 0.5, 3.0])
 
@@ -48,16 +48,3 @@ def test_pass_gradient_broadcasts_the_mask():
     y.sum().backward()
     assert torch.equal(y, x)
     assert torch.equal(x.grad, torch.tensor([[1.0] * 3, [0.0] * 3]))
-
-
-@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_a_gradient_lies_in_memory_as_its_tensor(memory_format):
-    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
-    gradients = []
-    x.register_hook(gradients.append)
-    factors = torch.arange(60.0)
-    (channels_last_gradient(x * 1).flatten(1) * factors).sum().backward()
-    (of_view,) = torch.autograd.grad((channels_last_gradient(x).flatten(1) * factors).sum(), x)
-    for gradient in (*gradients, of_view):
-        assert gradient.is_contiguous(memory_format=memory_format)
-        assert torch.equal(gradient, factors.view(1, 3, 4, 5).expand(2, -1, -1, -1))

@@ -59,10 +59,10 @@ def make_roi_heads():
         torch.manual_seed(seed)
         # Every path is open: a test that is about one of these closes it.
         gradients = {
-            "coordinate_gradient": "all",
-            "mask_coordinate_gradient": True,
+            "coordinates": "all",
+            "mask_coordinates": True,
             "moving_targets": False,
-            "scale_feature_gradient": False,
+            "average_features": False,
         }
         for name in CausalGradients.__dataclass_fields__.keys() & overrides.keys():
             gradients[name] = overrides.pop(name)

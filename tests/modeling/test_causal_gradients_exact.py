@@ -14,7 +14,8 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from mnc_d2.modeling.roi_heads import mnc_roi_heads
+from mnc_d2.modeling import CausalGradients
+from mnc_d2.modeling.roi_heads import mask_supervision, mnc_roi_heads
 from mnc_d2.modeling.roi_heads.output_layers import Predictions
 
 STEP = 1e-6
@@ -116,7 +117,7 @@ class Experiment:
         classifier = heads.passes[0].classifier
         predictor = classifier.predictor
         for parent, weights in ((rpn, (1.0, 1.0, 1.0, 1.0)), (predictor, (10.0, 10.0, 5.0, 5.0))):
-            moving = cfg.MODEL.MNC.MOVING_TARGETS and parent is predictor
+            moving = CausalGradients.parse(cfg.MODEL.MNC.GRADIENTS).moving_targets and parent is predictor
             parent.box2box_transform = BoxTransform(weights, self.constants, moving)
         for layer, std in ((predictor.bbox_pred, 0.05), (predictor.seg_cls_score, 0.3)):
             nn.init.normal_(layer.weight, std=std)
@@ -135,35 +136,40 @@ class Experiment:
 
 @pytest.fixture
 def make_experiment(small_config, monkeypatch):
-    """A function that builds the experiment from a config with some keys changed."""
+    """A function that builds the experiment; every gradient flows but for those that its arguments are about."""
 
     def keep_dtype(self, tensor):
         self.tensor = tensor if tensor.is_floating_point() else tensor.float()
 
     monkeypatch.setattr(Boxes, "__init__", keep_dtype)
 
-    def make(**overrides):
+    def make(**gradients):
+        gradients = CausalGradients(
+            **{
+                "delta_clip": 0.0,
+                "border": True,
+                "masks": "all",
+                "coordinates": "all",
+                "mask_coordinates": True,
+                "average_features": False,
+                **gradients,
+            }
+        )
         cfg = small_config(
             **{
-                "MODEL.MNC.DELTA_GRADIENT_CLIP": 0.0,
-                "MODEL.MNC.BORDER_GRADIENT": True,
-                "MODEL.MNC.MASK_GRADIENT": "all",
-                "MODEL.MNC.COORDINATE_GRADIENT": "all",
-                "MODEL.MNC.MASK_COORDINATE_GRADIENT": True,
-                "MODEL.MNC.SCALE_FEATURE_GRADIENT": False,
-                "MODEL.MNC.APPEND_GT_TO_LATER_PASSES": True,
+                "MODEL.MNC.GRADIENTS": str(gradients),
+                "MODEL.ROI_HEADS.NAME": "PaperMNCROIHeads",
                 "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": 2,
                 "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
                 "MODEL.FPN.OUT_CHANNELS": 8,
                 "MODEL.RPN.POST_NMS_TOPK_TRAIN": 1000,
                 "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 32,
-                **overrides,
             }
         )
         cfg.merge_from_list(["MODEL.FPN.NORM", "", "MODEL.RESNETS.NORM", "BN"])
         experiment = Experiment(cfg)
         keep = experiment.constants.keep
-        monkeypatch.setattr(mnc_roi_heads, "mask_targets", keep(mnc_roi_heads.mask_targets))
+        monkeypatch.setattr(mask_supervision, "match_masks", keep(mask_supervision.match_masks))
         monkeypatch.setattr(mnc_roi_heads, "sample_rois", keep(mnc_roi_heads.sample_rois))
         return experiment
 
@@ -203,7 +209,7 @@ def masks_and_categories(losses):
 
 @pytest.mark.parametrize("moving_targets", [False, True], ids=["constant targets", "moving targets"])
 def test_gradients_to_the_rpn_deltas(make_experiment, moving_targets):
-    experiment = make_experiment(**{"MODEL.MNC.MOVING_TARGETS": moving_targets})
+    experiment = make_experiment(moving_targets=moving_targets)
     shapes, _ = shapes_of_deltas(experiment)
     sizes = [shape.numel() for shape in shapes]
 
@@ -217,7 +223,7 @@ def test_gradients_to_the_rpn_deltas(make_experiment, moving_targets):
 
 @pytest.mark.parametrize("moving_targets", [False, True], ids=["constant targets", "moving targets"])
 def test_gradients_to_the_deltas_of_the_first_pass(make_experiment, moving_targets):
-    experiment = make_experiment(**{"MODEL.MNC.MOVING_TARGETS": moving_targets})
+    experiment = make_experiment(moving_targets=moving_targets)
     _, shape = shapes_of_deltas(experiment)
     offset = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
 
@@ -228,7 +234,7 @@ def test_gradients_to_the_deltas_of_the_first_pass(make_experiment, moving_targe
 
 
 def test_gradient_to_the_rpn_deltas_is_zero_with_the_switch_off(make_experiment):
-    experiment = make_experiment(**{"MODEL.MNC.PROPOSAL_GRADIENT": False, "MODEL.MNC.MOVING_TARGETS": True})
+    experiment = make_experiment(proposals=False)
     shapes, _ = shapes_of_deltas(experiment)
     offset = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     gradients = torch.autograd.grad(sum(experiment.losses(rpn_offset=offset).values()), offset, allow_unused=True)
@@ -236,7 +242,7 @@ def test_gradient_to_the_rpn_deltas_is_zero_with_the_switch_off(make_experiment)
 
 
 def test_gradient_of_the_second_pass_to_the_deltas_of_the_first_is_zero_with_the_switch_off(make_experiment):
-    experiment = make_experiment(**{"MODEL.MNC.BOX_GRADIENT": False, "MODEL.MNC.MOVING_TARGETS": True})
+    experiment = make_experiment(boxes=False)
     _, shape = shapes_of_deltas(experiment)
     offset = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     losses = experiment.losses(pass_offset=offset)

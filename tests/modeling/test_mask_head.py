@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import build_mask_head
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
+from detectron2.structures import BitMasks, Instances
+from detectron2.utils.events import EventStorage
+from modeling.inputs import make_inputs
 
 from mnc_d2.model_zoo import get_config
 from mnc_d2.modeling import MaskFusionHead, MaskRegressionHead
+from mnc_d2.modeling.roi_heads.labels import RoILabels
 from mnc_d2.modeling.roi_heads.mask_supervision import crop_masks, instance_mask_iou, mask_loss, warp_mask_targets
 
 H, W, M = 40, 50, 4
@@ -23,7 +28,7 @@ def make_masks(count=3):
     return np.stack([((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1 for cx, cy, rx, ry in centres])
 
 
-# Boxes whose texels are whole pixels: coverage is the mean of the pixels. (x1, y1, texel width, texel height)
+# Boxes whose cells are whole pixels: coverage is the mean of the pixels. (x1, y1, cell width, cell height)
 WHOLE_PIXEL_BOXES = {
     "around the instance": (2, 1, 6, 6),
     "a part of the instance": (12, 10, 2, 1),
@@ -33,7 +38,7 @@ WHOLE_PIXEL_BOXES = {
 
 
 @pytest.mark.parametrize(("x1", "y1", "w", "h"), WHOLE_PIXEL_BOXES.values(), ids=WHOLE_PIXEL_BOXES.keys())
-def test_crop_is_the_covered_part_of_each_texel(x1, y1, w, h):
+def test_crop_is_the_covered_part_of_each_mask_cell(x1, y1, w, h):
     masks = make_masks()
     box = torch.tensor([[x1, y1, x1 + M * w, y1 + M * h]], dtype=torch.float32)
     crop = crop_masks(torch.from_numpy(masks), torch.tensor([0]), box, M)
@@ -54,14 +59,14 @@ def test_crop_of_any_box_is_near_the_area_that_the_mask_covers():
     boxes = np.concatenate((start, start + generator.uniform(6, 28, (20, 2))), axis=1)
     indices = generator.integers(0, 2, 20)
     crops = crop_masks(torch.from_numpy(masks), torch.from_numpy(indices), torch.from_numpy(boxes).float(), M)
-    # Exact areas of pixels as unit squares, texel by texel.
+    # Exact areas of pixels as unit squares, cell by cell.
     for box, index, crop in zip(boxes, indices, crops.numpy()):
         rows = overlap(box[1], box[3], H)
         columns = overlap(box[0], box[2], W)
         expected = rows @ masks[index] @ columns.T / (rows.sum(axis=1)[:, None] * columns.sum(axis=1)[None])
         # The samples are interpolated bilinearly: the mask's edge is blurred by up to half a pixel either way.
-        texel_width, texel_height = (box[2] - box[0]) / M, (box[3] - box[1]) / M
-        assert np.abs(crop - expected).max() <= min(1.0, 0.5 / texel_width + 0.5 / texel_height)
+        cell_width, cell_height = (box[2] - box[0]) / M, (box[3] - box[1]) / M
+        assert np.abs(crop - expected).max() <= min(1.0, 0.5 / cell_width + 0.5 / cell_height)
         assert abs(crop.mean() - expected.mean()) <= 0.03
 
 
@@ -74,7 +79,7 @@ def overlap(start, end, size):
 
 def test_crop_is_zero_outside_the_image():
     masks = torch.ones(1, H, W, dtype=torch.bool)
-    # The left half of the box, two of four texels, lies outside; at less than a pixel RoIAlign repeats the border.
+    # The left half of the box, two of four cells, lies outside; at less than a pixel RoIAlign repeats the border.
     crop = crop_masks(masks, torch.tensor([0]), torch.tensor([[-18.0, 8.0, 14.0, 24.0]]), M)
     assert torch.equal(crop[0, :, [0, 3]], torch.tensor([[0.0, 1.0]] * M))
 
@@ -131,17 +136,16 @@ def test_loss_gives_no_gradient_to_rois_that_are_not_valid():
 
 
 def make_labelled(boxes, indices):
-    """A proposal for each box, matched to these instances, and the ground truth."""
-    proposal, target = Instances((H, W)), Instances((H, W))
-    proposal.proposal_boxes = Boxes(boxes)
-    proposal.gt_index = torch.tensor(indices)
-    target.gt_masks = BitMasks(torch.from_numpy(make_masks()))
-    return proposal, target
+    """A RoI for each box, matched to these instances."""
+    index, count = torch.tensor(indices), len(indices)
+    target = Instances((H, W), gt_masks=BitMasks(torch.from_numpy(make_masks())))
+    rois = torch.cat((torch.zeros(count, 1).to(boxes), boxes), dim=1)
+    return RoILabels(rois, [count], index, torch.zeros_like(index), index, boxes.detach(), [target])
 
 
-def test_targets_that_move_are_the_mask_interpolated_at_the_centre_of_each_texel():
+def test_targets_that_move_are_the_mask_interpolated_at_the_centre_of_each_mask_cell():
     boxes = [[4.3, 3.1, 25.7, 20.9], [20.2, 14.8, 44.4, 33.3]]
-    target = warp_mask_targets(*([x] for x in make_labelled(torch.tensor(boxes), [0, 1])), M)
+    target = warp_mask_targets(make_labelled(torch.tensor(boxes), [0, 1]), M)
     masks = make_masks()
     for r, (x1, y1, x2, y2) in enumerate(boxes):
         for i in range(M):
@@ -156,23 +160,20 @@ def test_targets_that_move_are_the_mask_interpolated_at_the_centre_of_each_texel
                 assert target[r, i, j].item() == pytest.approx(expected, abs=1e-5)  # float32 positions up to 50
 
 
-def test_targets_that_move_have_the_exact_derivative(monkeypatch):
-    def keep_dtype(self, tensor):  # Detectron2 rounds boxes to float32
-        self.tensor = tensor
-
-    monkeypatch.setattr(Boxes, "__init__", keep_dtype)
+def test_targets_that_move_have_the_exact_derivative():
     boxes = torch.tensor([[4.3, 3.1, 25.7, 20.9], [20.2, 14.8, 44.4, 33.3]], dtype=torch.float64, requires_grad=True)
 
     def warp(boxes):
-        return warp_mask_targets(*([x] for x in make_labelled(boxes, [0, 1])), 9)
+        return warp_mask_targets(make_labelled(boxes, [0, 1]), 9)
 
     assert torch.autograd.grad(warp(boxes).pow(2).sum(), boxes)[0].abs().min() > 0
     assert torch.autograd.gradcheck(warp, boxes)
 
 
 def test_targets_that_move_without_an_instance_are_zero():
-    proposal, target = make_labelled(torch.tensor([[4.0, 4.0, 20.0, 20.0]]), [0])
-    assert torch.equal(warp_mask_targets([proposal], [target[[]]], M), torch.zeros(1, M, M))
+    labels = make_labelled(torch.tensor([[4.0, 4.0, 20.0, 20.0]]), [0])
+    labels.targets = [labels.targets[0][[]]]
+    assert torch.equal(warp_mask_targets(labels, M), torch.zeros(1, M, M))
 
 
 # ---- IoU
@@ -239,14 +240,14 @@ def test_iou_of_no_rois():
 @pytest.mark.parametrize("count", [0, 3])
 def test_head_gives_float32_logits_of_the_mask_size(count):
     head = MaskRegressionHead(ShapeSpec(channels=2, height=6, width=6), hidden_dim=5, mask_size=9)
-    assert head(torch.rand(count, 2, 6, 6)).shape == (count, 9, 9)
-    assert head.bfloat16()(torch.rand(count, 2, 6, 6).bfloat16()).dtype == torch.float32
+    assert head.layers(torch.rand(count, 2, 6, 6)).shape == (count, 1, 9, 9)
+    assert head.bfloat16().layers(torch.rand(count, 2, 6, 6).bfloat16()).dtype == torch.float32
 
 
 def test_head_does_not_depend_on_the_memory_format_of_the_features():
     head = MaskRegressionHead(ShapeSpec(channels=2, height=6, width=6), hidden_dim=5, mask_size=9)
     features = torch.rand(3, 2, 6, 6)
-    assert torch.equal(head(features), head(features.contiguous(memory_format=torch.channels_last)))
+    assert torch.equal(head.layers(features), head.layers(features.contiguous(memory_format=torch.channels_last)))
 
 
 @pytest.mark.parametrize("count", [0, 3])
@@ -255,10 +256,10 @@ def test_fusion_head_is_the_sum_of_both_paths(count):
         ShapeSpec(channels=2, height=3, width=3), num_conv=1, conv_dim=4, hidden_dim=5, mask_size=6, init_std=0.1
     )
     features = torch.rand(count, 2, 3, 3)
-    expected = MaskRegressionHead.forward(head, features) + head.local(features)[:, 0]
-    assert expected.shape == (count, 6, 6)
-    torch.testing.assert_close(head(features), expected)
-    # The last layer enlarges each bin to its own texels: one bin reaches no further than its neighbours' texels.
+    expected = MaskRegressionHead.layers(head, features) + head.local(features)
+    assert expected.shape == (count, 1, 6, 6)
+    torch.testing.assert_close(head.layers(features), expected)
+    # The last layer enlarges each bin to its own cells: one bin reaches no further than its neighbours' cells.
     moved = torch.zeros(1, 2, 3, 3)
     moved[..., 0, 0] = 1
     change = head.local(moved) - head.local(torch.zeros_like(moved))
@@ -277,3 +278,28 @@ def test_fusion_head_is_built_from_the_config():
     cfg.MODEL.ROI_MASK_HEAD.NUM_CONV, cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 2, 8
     head = build_mask_head(cfg, ShapeSpec(channels=3, height=14, width=14))
     assert [x.weight.shape[:2] for x in head.local if hasattr(x, "weight")] == [(8, 3), (8, 8), (8, 1)]
+
+
+def test_the_mask_head_of_detectron2_runs_in_the_cascade_by_its_name(small_config):
+    cfg = small_config(**{"MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.CONV_DIM": 8})
+    model = build_model(cfg)
+    head = model.roi_heads.get_pass(0).mask_head
+    assert type(head) is MaskRCNNConvUpsampleHead and head.predictor.out_channels == 1
+    with EventStorage():
+        losses = model(make_inputs())
+    (losses["loss_mask_s2"] + losses["loss_mask_s4"]).backward()
+    assert head.predictor.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        (result, _) = model.eval()(make_inputs())
+    assert result["instances"].pred_masks.dtype == torch.bool
+
+
+def test_our_mask_head_runs_in_the_mask_rcnn_of_detectron2_by_its_name():
+    cfg = get_config("quickstart/mask_rcnn_R_18_FPN.yaml")
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.ROI_MASK_HEAD.NAME", "MaskRegressionHead"])
+    cfg.merge_from_list(["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"])
+    model = build_model(cfg)
+    with EventStorage():
+        losses = model(make_inputs())
+    losses["loss_mask"].backward()
+    assert model.roi_heads.mask_head.fc1.weight.grad.abs().sum() > 0

@@ -1,15 +1,15 @@
 """Mask voting against a reference that loops over classes, candidates and pixels."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.measure import peak_process_memory
 from torchvision.ops import nms
 
 from mnc_d2.modeling import vote_masks
-from mnc_d2.modeling.roi_heads import mask_merging, mask_voting
+from mnc_d2.modeling.roi_heads import mask_voting
 
 SIZE = (22, 30)  # height, width
 M, CLASSES = 5, 3
@@ -111,17 +111,10 @@ def check_against_slow(candidates, **changes):
     return expected
 
 
-def set_limits(monkeypatch, **limits):
-    """Have other limits of what is done at once, whatever the tests run on."""
-    changed = {name: of_device._replace(**limits) for name, of_device in mask_merging._LIMITS.items()}
-    monkeypatch.setattr(mask_merging, "_LIMITS", changed)
-
-
-@pytest.fixture(params=["groups one by one", "groups at once"])
+@pytest.fixture(params=["detections one by one", "detections at once"])
 def either_way(request, monkeypatch):
-    """Both ways to merge masks: that of a CPU, and that of a GPU, on whatever the tests run on."""
-    small = 0 if request.param == "groups one by one" else sys.maxsize
-    set_limits(monkeypatch, small_group_pixels=small)
+    """Average the masks of each detection alone, and of all together."""
+    monkeypatch.setattr(mask_voting, "_MAX_PADDING", 0 if request.param == "detections one by one" else math.inf)
 
 
 @pytest.mark.usefixtures("either_way")
@@ -197,46 +190,47 @@ def test_max_detections_keeps_the_best_of_all_classes():
     assert len(best.pred_classes.unique()) > 1
 
 
-def test_strips_do_not_change_the_result(monkeypatch):
+@pytest.mark.parametrize("padding", [0, 1.2, math.inf])
+@pytest.mark.parametrize("averaged", [1, 2000, 2**24])
+@pytest.mark.parametrize("rendered", [1, 800])
+def test_what_is_held_at_once_does_not_change_the_result(monkeypatch, padding, averaged, rendered):
+    """24 voters of 5 x 5 cells in 22 x 30 pixels."""
     whole = vote_masks(*make_candidates(), SIZE)
-    set_limits(monkeypatch, rendered_pixels=3 * 24 * SIZE[1], small_group_pixels=0)  # three rows of 24 voters
-    strips = vote_masks(*make_candidates(), SIZE)
-    assert torch.equal(strips.pred_boxes.tensor, whole.pred_boxes.tensor)
-    torch.testing.assert_close(strips.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
-
-
-def test_a_limit_below_one_row_still_renders(monkeypatch):
-    whole = vote_masks(*make_candidates(), SIZE)
-    set_limits(monkeypatch, rendered_pixels=1, small_group_pixels=0)
-    torch.testing.assert_close(vote_masks(*make_candidates(), SIZE).pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
-
-
-@pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("pixels", [1, 2000])
-def test_maps_held_one_after_another_do_not_change_the_result(monkeypatch, pixels):
-    whole = vote_masks(*make_candidates(), SIZE)
-    set_limits(monkeypatch, group_pixels=pixels, map_pixels=pixels)
+    monkeypatch.setattr(mask_voting, "_MAX_PADDING", padding)
+    monkeypatch.setattr(mask_voting, "_MAX_AVERAGED", averaged)
+    monkeypatch.setattr(mask_voting, "_MAX_ELEMENTS", rendered)
     parts = vote_masks(*make_candidates(), SIZE)
     assert len(parts) > 4 and torch.equal(parts.pred_boxes.tensor, whole.pred_boxes.tensor)
     torch.testing.assert_close(parts.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("small_group_pixels", [0, 5000, sys.maxsize])
-@pytest.mark.parametrize("pixels", [1, 5000, 20000])
-@pytest.mark.parametrize("few", [0, 100])
-def test_what_is_done_at_once_does_not_change_the_result(monkeypatch, small_group_pixels, pixels, few):
-    """Groups of 24 voters in 22 x 30 pixels: one by one in strips, and some at once."""
-    whole = vote_masks(*make_candidates(), SIZE)
-    monkeypatch.setattr(mask_merging, "_FEW_DETECTIONS", few)
-    set_limits(
-        monkeypatch,
-        small_group_pixels=small_group_pixels,
-        rendered_pixels=pixels,
-        pixels_of_small_groups=pixels,
-    )
-    parts = vote_masks(*make_candidates(), SIZE)
-    assert torch.equal(parts.pred_boxes.tensor, whole.pred_boxes.tensor)
-    torch.testing.assert_close(parts.pred_masks, whole.pred_masks, rtol=0, atol=1e-6)
+def test_groups_of_all_sizes_equal_the_slow_reference(monkeypatch):
+    monkeypatch.setattr(mask_voting, "_MAX_PADDING", math.inf)
+    boxes, scores, masks = make_candidates(36)
+    boxes[::6] = torch.tensor([20.3, 1.2, 22.9, 4.1]) + boxes[::6].sub(boxes[::6].floor())  # a few pixels
+    boxes[1::6] = torch.tensor([-3.0, -2.0, 33.0, 21.5]) + boxes[1::6].sub(boxes[1::6].floor())  # beyond the image
+    sizes = [box[2] - box[0] for _, _, box, *_ in check_against_slow((boxes, scores, masks))]
+    assert min(sizes) <= 4 and max(sizes) >= 20
+
+
+@pytest.mark.usefixtures("either_way")
+def test_a_detection_without_foreground_among_others_equals_the_slow_reference():
+    boxes, scores, masks = make_candidates()
+    masks[1::3] *= 0.2  # one of three clusters
+    expected = check_against_slow((boxes, scores, masks))
+    assert any(box == boxes[k].tolist() for *_, box, _, _ in expected for k in range(1, 24, 3))
+
+
+@pytest.mark.cpu_only
+def test_memory_of_a_large_photograph_is_bounded():
+    """Objects over most of 8000 x 6000 pixels, one average is 183 MiB: voting takes less than 256 MiB."""
+    size, count = (6000, 8000), 40
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.tensor([0.0, 0, 8000, 6000]) + 100 * torch.randn(count, 4, generator=generator)
+    scores, masks = torch.rand(count, 2, generator=generator), torch.rand(count, 28, 28, generator=generator)
+    calls = {"before": lambda: None, "call": lambda: vote_masks(boxes, scores, masks, size, max_detections=2)}
+    peaks = peak_process_memory(calls)
+    assert peaks["call"] - peaks["before"] < 256 * 2**20
 
 
 @pytest.mark.usefixtures("either_way")
@@ -292,10 +286,10 @@ def test_voters_are_weighted_by_their_score_for_the_class_of_the_detection():
 
 def test_box_is_the_tight_box_of_the_mask():
     mask = np.zeros((M, M))
-    mask[1:3, 2] = 1  # of 5 texels of 2 pixels each
+    mask[1:3, 2] = 1  # of 5 mask cells of 2 pixels each
     result = vote_masks(*single([4.0, 6.0, 14.0, 16.0], mask), SIZE, mask_threshold=0.5)
-    # A pixel centre is a quarter or three quarters of the way between two texels: 0.75 and 0.25 beside 1, across the
-    # two directions at most 0.75 * 0.75 = 0.56 in the texels that are 1, and 0.25 around them.
+    # A pixel centre is a quarter or three quarters of the way between two cells: 0.75 and 0.25 beside 1, across the
+    # two directions at most 0.75 * 0.75 = 0.56 in the cells that are 1, and 0.25 around them.
     assert result.pred_boxes.tensor.tolist() == [[8.0, 8.0, 10.0, 12.0]]
 
 
@@ -355,7 +349,7 @@ def test_a_pixel_belongs_to_a_box_if_its_centre_is_inside():
 @pytest.mark.usefixtures("either_way")
 def test_part_of_a_box_outside_the_image_is_cut_off_together_with_its_part_of_the_mask():
     mask = np.zeros((M, M))
-    mask[:, 2:] = 1  # the left two texels, of 4 pixels each, and half the third lie outside
+    mask[:, 2:] = 1  # the left two mask cells, of 4 pixels each, and half the third lie outside
     result = vote_masks(*single([-10.0, 2.0, 10.0, 20.0], mask), SIZE)
     assert result.pred_boxes.tensor.tolist() == [[0.0, 2.0, 10.0, 20.0]]
 

@@ -272,41 +272,6 @@ def test_unknown_outputs_are_an_error_that_names_the_key(small_config, outputs):
         build_model(small_config(**{"MODEL.MNC.OUTPUTS": outputs}))
 
 
-# ---- precision
-
-
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_detects_nearly_the_same_in_float32(small_config, precision):
-    results, dtypes = {}, []
-    for name in ("float32", precision):
-        torch.manual_seed(0)
-        model = make_lively(build_model(small_config(**{"MODEL.MNC.INFERENCE_PRECISION": name})))
-        first = next(x for x in model.modules() if isinstance(x, torch.nn.Conv2d))
-        first.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-        (results[name],) = detect(model, make_inputs()[0])
-    assert dtypes == [torch.float32, getattr(torch, precision)]
-    full, half = results["float32"], results[precision]
-    assert half.scores.dtype == half.pred_boxes.tensor.dtype == torch.float32
-    # The best detections are the same ones: scores to a few units in the last place of bfloat16 (2 ** -8).
-    torch.testing.assert_close(half.scores[:5], full.scores[:5], rtol=0, atol=0.05)
-    assert not torch.equal(half.scores[:5], full.scores[:5])
-
-
-def test_precision_of_inference_is_not_that_of_training(small_config):
-    losses = []
-    for name in ("float32", "bfloat16"):
-        torch.manual_seed(0)
-        model = build_model(small_config(**{"MODEL.MNC.INFERENCE_PRECISION": name}))
-        with EventStorage():
-            losses.append(model(make_inputs()))
-    assert losses[0] == losses[1]
-
-
-def test_unknown_precision_is_an_error_that_names_the_key(small_config):
-    with pytest.raises(ValueError, match="MODEL.MNC.INFERENCE_PRECISION must be one of.*'int8'"):
-        build_model(small_config(**{"MODEL.MNC.INFERENCE_PRECISION": "int8"}))
-
-
 # ---- pictures in training
 
 

@@ -51,7 +51,7 @@ class Step:
             self.boxes |= {x.proposal_boxes.tensor.dtype, x.objectness_logits.dtype, x.anchor_logits.dtype}
 
     def see_pooling(self, module, args, result):
-        self.boxes |= {x.tensor.dtype for x in args[1]}
+        self.boxes.add(args[1].dtype)
 
     def see_layer(self, module, args, result):
         self.layers.add(result.dtype)

@@ -22,8 +22,8 @@ class FixedMasks(nn.Module):
         super().__init__()
         self.mask = torch.as_tensor(mask, dtype=torch.float32)
 
-    def forward(self, features):
-        return (self.mask * 20 - 10).expand(len(features), -1, -1)
+    def layers(self, features):
+        return (self.mask * 20 - 10).expand(len(features), 1, -1, -1)
 
 
 def train(heads, features, proposals, targets):
@@ -73,7 +73,7 @@ def make_ellipses():
     return np.stack([((x - 16) / 8) ** 2 + ((y - 16) / 8) ** 2 <= 1, ((x - 44) / 12) ** 2 + ((y - 36) / 8) ** 2 <= 1])
 
 
-# Boxes whose four by four texels are whole pixels.
+# Boxes whose four by four mask cells are whole pixels.
 WHOLE_PIXEL_BOXES = [
     [8, 8, 24, 24],
     [8, 8, 28, 24],
@@ -127,7 +127,7 @@ def test_instances_without_a_mask_have_no_mask_loss_and_box_level_labels(
     # Only the two ground-truth boxes are there. The predicted masks are empty, so the first is background.
     by_class = dict(zip(labelled.gt_classes.tolist(), labelled.gt_seg_classes.tolist()))
     assert by_class == {1: BACKGROUND, 0: 0}
-    # All 16 texels of the first are foreground, predicted with logit -10; the second does not count.
+    # All 16 mask cells of the first are foreground, predicted with logit -10; the second does not count.
     assert losses["loss_mask_s2"].item() == pytest.approx(10.0, rel=1e-4)
 
 
@@ -150,13 +150,13 @@ def test_polygons_serve_as_masks(make_roi_heads, make_map, make_proposals, make_
 
 def test_mask_target_follows_the_threshold(make_roi_heads, make_map, make_proposals, make_target):
     masks = torch.zeros(1, 64, 64, dtype=torch.bool)
-    masks[0, 8:24, 8:13] = True  # one texel, of 4 x 4 pixels, and a quarter of the next
+    masks[0, 8:24, 8:13] = True  # one mask cell, of 4 x 4 pixels, and a quarter of the next
     losses = {}
     for threshold in (0.2, 0.3):
         heads = make_roi_heads(mask_head=FixedMasks([[1, 1, 0, 0]] * 4), target_threshold=threshold, num_passes_train=1)
         target = make_target([GT[0]], [1], masks=masks)
         losses[threshold] = train(heads, make_map(), [make_proposals([])], [target])[1]["loss_mask_s2"].item()
-    # With 0.2 the prediction is the target; with 0.3 a quarter of the texels is wrong by a logit of 10.
+    # With 0.2 the prediction is the target; with 0.3 a quarter of the mask cells is wrong by a logit of 10.
     assert losses[0.2] == pytest.approx(0.0, abs=1e-4) and losses[0.3] == pytest.approx(2.5, rel=1e-3)
 
 
@@ -284,10 +284,9 @@ def test_losses_of_a_batch_weigh_every_roi_alike(make_roi_heads, make_map, make_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mask_gradient": "some"}, 'MASK_GRADIENT must be "none", "foreground" or "all", got \'some\''),
+        ({"masks": "some"}, "MODEL.MNC.GRADIENTS has masks=some. There are: none, foreground, all."),
         ({"num_passes_train": 0}, "NUM_PASSES_TRAIN"),
         ({"num_passes_test": 0}, "NUM_PASSES_TEST"),
-        ({"classifier_resolution": 3}, r"POOLER_RESOLUTION \(3\) must divide"),
     ],
     ids=str,
 )

@@ -6,6 +6,8 @@ from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
+from mnc_d2.modeling.roi_heads.labels import boxes_to_rois
+
 SIZES = [(64, 64), (48, 60), (30, 64)]
 
 
@@ -120,25 +122,26 @@ def test_next_pass_starts_from_the_regressed_boxes_of_its_image(make_roi_heads, 
 def test_boxes_that_are_surely_background_go_no_further(make_roi_heads, make_map, proposals):
     heads = make_roi_heads(num_passes_test=2).eval()
     with torch.no_grad():
-        every = heads.run_passes(make_map(n=3), proposals)
-        scores = [x.softmax(dim=1)[:, :-1].sum(dim=1) for x in (every[0].cls_logits, every[0].seg_cls_logits)]
+        every = heads.predict(make_map(n=3), proposals)
+        scores = [
+            x.softmax(dim=1)[:, :-1].sum(dim=1)
+            for x in (every[0].predictions.cls_logits, every[0].predictions.seg_cls_logits)
+        ]
         foreground = torch.maximum(*scores)  # of any class, at either level
         heads.next_pass_min_score = foreground.median().item()
-        some = heads.run_passes(make_map(n=3), proposals)
+        some = heads.predict(make_map(n=3), proposals)
     torch.testing.assert_close(every[0].foreground_probabilities, foreground)
-    keep = (every[0].foreground_probabilities >= heads.next_pass_min_score).split([12, 12, 12])
-    assert [len(x) for x in some[0].boxes] == [12, 12, 12]
-    assert 0 < len(some[1].masks) < 36
-    for image in range(3):
-        assert torch.equal(some[1].boxes[image].tensor, every[1].boxes[image].tensor[keep[image]])
-    torch.testing.assert_close(some[1].seg_cls_logits, every[1].seg_cls_logits[torch.cat(keep)])
+    keep = every[0].foreground_probabilities >= heads.next_pass_min_score
+    assert len(some[0].rois) == 36 and 0 < len(some[1].rois) < 36
+    assert torch.equal(some[1].rois, every[1].rois[keep])
+    torch.testing.assert_close(some[1].predictions.seg_cls_logits, every[1].predictions.seg_cls_logits[keep])
     assert len(infer(heads, make_map(n=3), proposals)) == 3
 
 
 def test_no_box_may_go_further(make_roi_heads, make_map, proposals):
     heads = make_roi_heads(num_passes_test=3, next_pass_min_score=1.1).eval()
     with torch.no_grad():
-        outputs = heads.run_passes(make_map(n=3), proposals)
+        outputs = heads.predict(make_map(n=3), proposals)
     assert [len(x.masks) for x in outputs] == [36, 0, 0]
     assert all(len(x) > 0 for x in infer(heads, make_map(n=3), proposals))
 
@@ -181,7 +184,7 @@ def test_background_never_regresses_a_box_in_training(make_roi_heads, make_map, 
     heads = make_roi_heads(next_box_background=True, proposal_append_gt=False)
     fix_outputs(heads.passes[0].classifier.predictor, BIAS["background"])
     pooled_boxes = []
-    heads.pooler.register_forward_pre_hook(lambda module, args: pooled_boxes.append(args[1][0].tensor.detach()))
+    heads.pooler.register_forward_pre_hook(lambda module, args: pooled_boxes.append(args[1][:, 1:].detach()))
     target = make_target([[20, 10, 40, 50]], [0])
     heads(None, make_map(), [make_proposals([[20, 10, 40, 50]])], [target])
     torch.testing.assert_close(pooled_boxes[1][0], torch.tensor([22.0, 10.0, 42.0, 50.0]))
@@ -208,7 +211,7 @@ def test_mask_level_path_sees_masked_features_and_box_path_plain_ones(make_roi_h
         )
     pooled, masks = [], []
     heads.pooler.register_forward_hook(lambda module, args, output: pooled.append(output[1]))
-    heads.passes[0].mask_head.register_forward_hook(lambda module, args, output: masks.append(output.sigmoid()))
+    heads.passes[0].classifier.register_forward_pre_hook(lambda module, args: masks.append(args[1]))
     infer(heads, make_map(n=3), proposals)
     masked = pooled[0] * masks[0][:, None]
 
@@ -261,9 +264,9 @@ def test_masks_in_given_boxes_are_those_of_the_mask_head(make_roi_heads, make_ma
     ]
     with torch.no_grad():
         results = heads.forward_with_given_boxes(features, instances)
-        pooled, _ = heads.pooler(features, [x.pred_boxes for x in instances], 1)
-        expected = heads.passes[0].mask_head(pooled).sigmoid()
-    assert torch.equal(results[0].pred_masks, expected[:, None])
+        pooled, _ = heads.pooler(features, boxes_to_rois([x.pred_boxes for x in instances]), 1)
+        expected = heads.passes[0].mask_head.layers(pooled).sigmoid()
+    assert torch.equal(results[0].pred_masks, expected)
     assert results[1].pred_masks.shape == (0, 1, 4, 4)
 
 

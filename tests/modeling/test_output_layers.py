@@ -6,9 +6,10 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances
 
 from mnc_d2.modeling import MNCOutputLayers
+from mnc_d2.modeling.roi_heads.labels import RoILabels
+from mnc_d2.modeling.roi_heads.output_layers import Predictions
 
 CLASSES = 3
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -20,15 +21,6 @@ def make_layers(**kwargs):
     return MNCOutputLayers(ShapeSpec(channels=6), box2box_transform=Box2BoxTransform(WEIGHTS), **arguments)
 
 
-def make_proposals(boxes, gt_boxes, classes, mask_classes):
-    proposals = Instances((64, 64))
-    proposals.proposal_boxes = Boxes(boxes)
-    proposals.gt_boxes = Boxes(gt_boxes)
-    proposals.gt_classes = torch.tensor(classes, dtype=torch.long)
-    proposals.gt_seg_classes = torch.tensor(mask_classes, dtype=torch.long)
-    return proposals
-
-
 BOXES = torch.tensor([[10.0, 10.0, 30.0, 26.0], [5.0, 8.0, 45.0, 60.0], [0.0, 0.0, 16.0, 16.0], [2.0, 2.0, 9.0, 9.0]])
 GT_BOXES = torch.tensor([[12.0, 9.0, 31.0, 30.0], [5.0, 8.0, 45.0, 60.0], [1.0, 1.0, 17.0, 15.0], [0.0, 0.0, 0.0, 0.0]])
 GT_CLASSES, GT_MASK_CLASSES = [0, 2, 1, CLASSES], [0, CLASSES, 1, CLASSES]
@@ -37,13 +29,15 @@ GT_CLASSES, GT_MASK_CLASSES = [0, 2, 1, CLASSES], [0, CLASSES, 1, CLASSES]
 def make_predictions():
     generator = torch.Generator().manual_seed(0)
     sizes = (CLASSES + 1, CLASSES + 1, 4 * (CLASSES + 1))
-    return tuple(torch.randn(len(BOXES), size, generator=generator).requires_grad_() for size in sizes)
+    return Predictions(*(torch.randn(len(BOXES), size, generator=generator).requires_grad_() for size in sizes))
 
 
-def both_images(boxes=BOXES):
-    """The four RoIs as those of two images."""
-    parts = [slice(0, 1), slice(1, 4)]
-    return [make_proposals(boxes[p], GT_BOXES[p], GT_CLASSES[p], GT_MASK_CLASSES[p]) for p in parts]
+def make_labels(counts=(1, 3), boxes=BOXES, part=slice(None)):
+    """Labels of (part of) the four RoIs, as the RoIs of so many images; and labels at mask level."""
+    index, classes = torch.zeros(len(boxes), dtype=torch.long), torch.tensor(GT_CLASSES)
+    rois = torch.cat((torch.zeros(len(boxes), 1), boxes), dim=1)
+    fields = (x[part] for x in (index, classes, index, GT_BOXES))
+    return RoILabels(rois[part], list(counts), *fields, []), torch.tensor(GT_MASK_CLASSES)[part]
 
 
 def slow_mean(terms):
@@ -79,7 +73,7 @@ def slow_box_loss(deltas):
 
 def test_losses_follow_the_slow_reference():
     predictions = make_predictions()
-    losses = make_layers().losses(predictions, both_images())
+    losses = make_layers().losses(predictions, *make_labels())
     # float32 logarithms and sums of some tens of terms.
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
         {
@@ -93,10 +87,10 @@ def test_losses_follow_the_slow_reference():
 
 def test_the_loss_of_a_batch_is_the_mean_of_those_of_its_images():
     predictions = make_predictions()
-    together = make_layers().losses(predictions, both_images())
+    together = make_layers().losses(predictions, *make_labels())
     alone = [
-        make_layers().losses(tuple(x[part] for x in predictions), [image])
-        for part, image in zip((slice(0, 1), slice(1, 4)), both_images())
+        make_layers().losses(Predictions(*(x[part] for x in predictions)), *make_labels([count], part=part))
+        for count, part in ((1, slice(0, 1)), (3, slice(1, 4)))
     ]
     for name, loss in together.items():
         assert loss.item() == pytest.approx((alone[0][name] + alone[1][name]).item() / 2, rel=1e-6)
@@ -105,10 +99,11 @@ def test_the_loss_of_a_batch_is_the_mean_of_those_of_its_images():
 @pytest.mark.parametrize("loss_type", ["giou", "diou", "ciou"])
 def test_other_box_losses_are_those_of_detectron2_for_one_image(loss_type):
     layers, predictions = make_layers(box_reg_loss_type=loss_type), make_predictions()
-    image = make_proposals(BOXES, GT_BOXES, GT_CLASSES, GT_MASK_CLASSES)
     deltas = predictions[2][:, : 4 * CLASSES]
     expected = layers.box_reg_loss(BOXES, GT_BOXES, deltas, torch.tensor(GT_CLASSES))
-    assert layers.losses(predictions, [image])["loss_box_reg"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert layers.losses(predictions, *make_labels([4]))["loss_box_reg"].item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
 
 
 def test_targets_move_with_boxes_exactly_if_asked_for():
@@ -124,29 +119,29 @@ def test_targets_move_with_boxes_exactly_if_asked_for():
     # That is what the switch lets through.
     for moving in (True, False):
         moved = BOXES.clone().requires_grad_()
-        losses = layers.losses(make_predictions(), both_images(moved), moving_targets=moving)
+        losses = layers.losses(make_predictions(), *make_labels(boxes=moved), moving_targets=moving)
         (gradient,) = torch.autograd.grad(losses["loss_box_reg"], moved, allow_unused=True)
         assert (gradient is not None) == moving
 
 
 def test_losses_are_weighted_by_name():
     predictions, weights = make_predictions(), {"loss_cls": 2.0, "loss_box_reg": 0.5}
-    plain = make_layers().losses(predictions, both_images())
-    weighted = make_layers(loss_weight=weights).losses(predictions, both_images())
+    plain = make_layers().losses(predictions, *make_labels())
+    weighted = make_layers(loss_weight=weights).losses(predictions, *make_labels())
     for name, loss in plain.items():
         assert weighted[name].item() == pytest.approx(weights.get(name, 1.0) * loss.item())
 
 
 def test_boxes_and_labels_are_constants_of_the_losses():
     predictions, boxes = make_predictions(), BOXES.clone().requires_grad_()
-    sum(make_layers().losses(predictions, both_images(boxes)).values()).backward()
+    sum(make_layers().losses(predictions, *make_labels(boxes=boxes)).values()).backward()
     assert boxes.grad is None
     assert all(x.grad.abs().sum() > 0 for x in predictions)
 
 
 def test_box_loss_reaches_only_the_deltas_of_the_labelled_class():
     predictions = make_predictions()
-    make_layers().losses(predictions, both_images())["loss_box_reg"].backward()
+    make_layers().losses(predictions, *make_labels())["loss_box_reg"].backward()
     reached = predictions[2].grad.view(len(BOXES), CLASSES + 1, 4).abs().sum(dim=2) > 0
     expected = torch.nn.functional.one_hot(torch.tensor(GT_CLASSES), CLASSES + 1).bool()
     expected[:, CLASSES] = False
@@ -154,9 +149,8 @@ def test_box_loss_reaches_only_the_deltas_of_the_labelled_class():
 
 
 def test_losses_of_no_rois_are_zero():
-    empty = make_proposals(BOXES[:0], GT_BOXES[:0], [], [])
-    predictions = tuple(x[:0] for x in make_predictions())
-    losses = make_layers().losses(predictions, [empty, empty])
+    predictions = Predictions(*(x[:0] for x in make_predictions()))
+    losses = make_layers().losses(predictions, *make_labels([0, 0], part=slice(0)))
     assert {name: loss.item() for name, loss in losses.items()} == {
         "loss_cls": 0.0,
         "loss_seg_cls": 0.0,

@@ -7,6 +7,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
 from mnc_d2.modeling import RoIWarpPooler
+from mnc_d2.modeling.roi_heads.labels import boxes_to_rois
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 IMAGE = 512
@@ -31,21 +32,23 @@ def test_equals_roi_pooler_with_one_sample(scales, counts):
     maps, boxes = make_maps(scales), [make_boxes(count, seed) for seed, count in enumerate(counts)]
     expected = ROIPooler(7, scales, sampling_ratio=1, pooler_type="ROIAlignV2")(maps, boxes)
     # float32 positions up to 512 are resolved to 3e-5 pixels; the features' slope is at most 1 a pixel.
-    torch.testing.assert_close(RoIWarpPooler(7, scales, sampling_ratio=1)(maps, boxes), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(
+        RoIWarpPooler(7, scales, sampling_ratio=1)(maps, boxes_to_rois(boxes)), expected, rtol=0, atol=2e-4
+    )
 
 
 def test_boxes_of_this_file_use_every_level():
     maps, boxes = make_maps(SCALES), [make_boxes(20, 0), make_boxes(30, 1)]
     for level in maps:
         level.requires_grad_()
-    RoIWarpPooler(7, SCALES, sampling_ratio=1)(maps, boxes).sum().backward()
+    RoIWarpPooler(7, SCALES, sampling_ratio=1)(maps, boxes_to_rois(boxes)).sum().backward()
     assert all(level.grad.abs().sum() > 0 for level in maps)
 
 
 def test_sampling_ratio_2_is_the_maximum_of_2_x_2_samples():
     maps, boxes = make_maps(SCALES), [make_boxes(20, 0), make_boxes(30, 1)]
     samples = ROIPooler(14, SCALES, sampling_ratio=1, pooler_type="ROIAlignV2")(maps, boxes)
-    pooled = RoIWarpPooler(7, SCALES, sampling_ratio=2)(maps, boxes)
+    pooled = RoIWarpPooler(7, SCALES, sampling_ratio=2)(maps, boxes_to_rois(boxes))
     torch.testing.assert_close(pooled, F.max_pool2d(samples, 2), rtol=0, atol=2e-4)
 
 
@@ -57,7 +60,7 @@ def test_gradient_reaches_every_box(sampling_ratio):
     ]
     for tensor in tensors:
         tensor.requires_grad_()
-    pooled = RoIWarpPooler(7, SCALES, sampling_ratio)(make_maps(SCALES), [Boxes(x) for x in tensors])
+    pooled = RoIWarpPooler(7, SCALES, sampling_ratio)(make_maps(SCALES), boxes_to_rois([Boxes(x) for x in tensors]))
     pooled.square().sum().backward()
     assert all((tensor.grad != 0).all() for tensor in tensors)
 
@@ -66,14 +69,14 @@ def test_caffe_sampling_is_handed_on():
     maps, boxes = make_maps(SCALES[:1]), [make_boxes(5, 0), make_boxes(5, 1)]
     # Corners on whole feature pixels: the first sample is the feature pixel at the corner.
     boxes = [Boxes((x.tensor.clamp(0, IMAGE - 4) / 4).round() * 4) for x in boxes]
-    pooled = RoIWarpPooler(4, SCALES[:1], sampling_ratio=1, sampling="caffe")(maps, boxes)
+    pooled = RoIWarpPooler(4, SCALES[:1], sampling_ratio=1, sampling="caffe")(maps, boxes_to_rois(boxes))
     corners = torch.cat([x.tensor for x in boxes])[:, :2].div(4).long()
     batch = torch.arange(2).repeat_interleave(5)
     torch.testing.assert_close(pooled[:, :, 0, 0], maps[0][batch, :, corners[:, 1], corners[:, 0]])
 
 
 def test_no_boxes_at_all():
-    pooled = RoIWarpPooler(7, SCALES)(make_maps(SCALES), [make_boxes(0, 0), make_boxes(0, 1)])
+    pooled = RoIWarpPooler(7, SCALES)(make_maps(SCALES), boxes_to_rois([make_boxes(0, 0), make_boxes(0, 1)]))
     assert pooled.shape == (0, 3, 7, 7)
 
 
@@ -93,8 +96,8 @@ def test_other_sampling_ratios_are_an_error_that_names_the_key(sampling_ratio):
 def test_pooling_without_and_with_box_gradient_is_that_of_two_poolings(sampling_ratio):
     pooler = RoIWarpPooler(7, SCALES, sampling_ratio)
     maps, boxes = [x.requires_grad_() for x in make_maps(SCALES)], make_boxes(30, 0).tensor.requires_grad_()
-    both = [Boxes(boxes), Boxes(boxes + 3)]
-    expected = pooler(maps, [Boxes(x.tensor.detach()) for x in both]), pooler(maps, both)
+    both = boxes_to_rois([Boxes(boxes), Boxes(boxes + 3)])
+    expected = pooler(maps, both.detach()), pooler(maps, both)
     found = pooler.without_and_with_box_gradient(maps, both)
     # Different uses of the two: gradients that are mixed up do not agree.
     weights = torch.rand(2, *found[0].shape, generator=torch.Generator().manual_seed(0))

@@ -58,7 +58,7 @@ def make_inputs():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("switches", [{}, {"border_gradient": True}, {"proposal_gradient": False}], ids=str)
+@pytest.mark.parametrize("switches", [{}, {"border": True}, {"proposals": False}], ids=str)
 def test_proposals_and_losses_have_the_values_of_the_stock_rpn(training, switches):
     images, features, targets = make_inputs()
     results = []
@@ -78,7 +78,7 @@ def test_proposals_and_losses_have_the_values_of_the_stock_rpn(training, switche
 @pytest.mark.parametrize(("switch", "attached"), [(True, True), (False, False)])
 def test_proposals_are_attached_in_training_if_switched_on(switch, attached):
     images, features, targets = make_inputs()
-    proposals, _ = make_rpn(proposal_gradient=switch)(images, features, targets)
+    proposals, _ = make_rpn(proposals=switch)(images, features, targets)
     assert [x.proposal_boxes.tensor.requires_grad for x in proposals] == [attached] * 2
 
 
@@ -91,7 +91,7 @@ def test_proposals_are_constants_at_inference():
 def test_loss_on_proposals_reaches_the_delta_layer_and_the_features():
     images, features, targets = make_inputs()
     features = {name: x.requires_grad_() for name, x in features.items()}
-    rpn = make_rpn(border_gradient=True, delta_gradient_clip=0)
+    rpn = make_rpn(border=True, delta_clip=0)
     proposals, _ = rpn(images, features, targets)
     torch.cat([x.proposal_boxes.tensor for x in proposals]).square().mean().backward()
     assert rpn.rpn_head.anchor_deltas.weight.grad.abs().sum() > 0
@@ -126,16 +126,16 @@ def gradient_to_deltas(anchor, delta, weight=1.0, **switches):
 
 def test_gradient_to_deltas_is_the_derivative_of_the_decoded_box():
     # With centre x_c + dx w and size w exp(dw): d/d dx = w (1 + 3), d/d dw = w exp(dw) (3 - 1) / 2; y alike.
-    gradient = gradient_to_deltas(INSIDE, [0.1, -0.1, 0.0, 0.0], delta_gradient_clip=0)
+    gradient = gradient_to_deltas(INSIDE, [0.1, -0.1, 0.0, 0.0], delta_clip=0)
     torch.testing.assert_close(gradient, torch.tensor([20.0 * 4, 16.0 * 6, 20.0, 16.0]))
 
 
 @pytest.mark.parametrize("limit", [1 / 512, 20.0])
 def test_each_element_of_the_delta_gradient_is_clipped(limit):
     # 80, 96, 20, 16 without clipping: the last is below the limit of 20.
-    gradient = gradient_to_deltas(INSIDE, [0.0, 0.0, 0.0, 0.0], delta_gradient_clip=limit)
+    gradient = gradient_to_deltas(INSIDE, [0.0, 0.0, 0.0, 0.0], delta_clip=limit)
     torch.testing.assert_close(gradient, torch.tensor([80.0, 96.0, 20.0, 16.0]).clamp(max=limit))
-    gradient = gradient_to_deltas(INSIDE, [0.0, 0.0, 0.0, 0.0], weight=-1.0, delta_gradient_clip=limit)
+    gradient = gradient_to_deltas(INSIDE, [0.0, 0.0, 0.0, 0.0], weight=-1.0, delta_clip=limit)
     torch.testing.assert_close(gradient, -torch.tensor([80.0, 96.0, 20.0, 16.0]).clamp(max=limit))
 
 
@@ -147,7 +147,7 @@ def test_the_losses_of_the_rpn_itself_are_not_clipped():
     gradients = []
     for limit in (0, 1e-9):
         images, features, targets = make_inputs()
-        rpn = make_rpn(delta_gradient_clip=limit)
+        rpn = make_rpn(delta_clip=limit)
         torch.manual_seed(1)
         _, losses = rpn(images, features, targets)
         losses["loss_rpn_loc"].backward()
@@ -168,11 +168,11 @@ BORDER_CASES = {
 }
 
 
-@pytest.mark.parametrize("border_gradient", [False, True])
+@pytest.mark.parametrize("border", [False, True])
 @pytest.mark.parametrize(("anchor", "delta"), BORDER_CASES.values(), ids=BORDER_CASES.keys())
-def test_boxes_at_the_border_pass_gradients_only_if_switched_on(anchor, delta, border_gradient):
-    gradient = gradient_to_deltas(anchor, delta, border_gradient=border_gradient)
-    assert (gradient != 0).any().item() == border_gradient
+def test_boxes_at_the_border_pass_gradients_only_if_switched_on(anchor, delta, border):
+    gradient = gradient_to_deltas(anchor, delta, border=border)
+    assert (gradient != 0).any().item() == border
 
 
 @pytest.mark.parametrize(
@@ -212,11 +212,9 @@ def test_from_config_reads_the_switches():
     cfg = get_cfg()
     add_mnc_config(cfg)
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "CausalRPN"
-    cfg.MODEL.MNC.PROPOSAL_GRADIENT = False
-    cfg.MODEL.MNC.DELTA_GRADIENT_CLIP = 0.125
-    cfg.MODEL.MNC.BORDER_GRADIENT = True
+    cfg.MODEL.MNC.GRADIENTS = "proposals=False, delta_clip=0.125, border=True"
     rpn = CausalRPN(cfg, {"res4": ShapeSpec(channels=4, stride=16)})
-    assert rpn.gradients == CausalGradients(proposal_gradient=False, delta_gradient_clip=0.125, border_gradient=True)
+    assert rpn.gradients == CausalGradients(proposals=False, delta_clip=0.125, border=True)
 
 
 def test_proposals_that_are_surely_background_are_left_out_at_inference():

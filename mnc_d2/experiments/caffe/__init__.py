@@ -4,10 +4,9 @@ Boxes between these components have inclusive corners: x2, y2 are the coordinate
 x2 - x1 + 1 wide. Results have exclusive ones, as all of Detectron2.
 """
 
-from .anchors import CaffeAnchorGenerator
-from .boxes import InclusiveBoxTransform, NetworkInputSize
-from .meta_arch import CaffeMultitaskNetworkCascade
-from .proposal_generator import CaffeRPN
+from .boxes import InclusiveBoxTransform
+from .meta_arch import CaffeMultitaskNetworkCascade, build_caffe_vgg_backbone
+from .proposal_generator import CaffeAnchorGenerator, CaffeRPN
 from .roi_heads import CaffeMNCROIHeads
 
 __all__ = [
@@ -16,5 +15,5 @@ __all__ = [
     "CaffeMultitaskNetworkCascade",
     "CaffeRPN",
     "InclusiveBoxTransform",
-    "NetworkInputSize",
+    "build_caffe_vgg_backbone",
 ]

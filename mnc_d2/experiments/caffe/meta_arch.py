@@ -1,18 +1,25 @@
-"""The whole released model, from images that were resized by an exact factor."""
+"""The whole released model, from images that were resized by an exact factor, and its backbone."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from detectron2.config import configurable
-from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.structures import ImageList, Instances
 
 from ...data import exact_scale, scaled_size
-from ...modeling.meta_arch import MultitaskNetworkCascade
-from .boxes import NetworkInputSize, pixel_extents
+from ...modeling import VGG16, MultitaskNetworkCascade
+from .boxes import NetworkInputSize
 from .pasting import paste_masks
+
+
+@BACKBONE_REGISTRY.register()
+def build_caffe_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VGG16:
+    """Build the VGG-16 of ``build_vgg_backbone`` with Caffe's pooling, which rounds odd sizes up."""
+    return VGG16(("conv5",), in_channels=input_shape.channels, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT, ceil_mode=True)
 
 
 @META_ARCH_REGISTRY.register()
@@ -24,37 +31,26 @@ class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
         """
         Args:
             short_side, long_side: as of ``ResizeByExactScale``, in pixels.
-            kwargs: those of :class:`~mnc_d2.modeling.MultitaskNetworkCascade`.
-
-        Raises:
-            ValueError: ``pred_mask_format`` is "rle".
+            kwargs: those of :class:`~mnc_d2.modeling.MultitaskNetworkCascade`; ``pred_mask_format`` is "bitmask".
         """
         super().__init__(**kwargs)
         if self.pred_mask_format != "bitmask":
             raise ValueError(f'MODEL.MNC.PRED_MASK_FORMAT must be "bitmask" for {type(self).__name__}')
-        self.short_side = short_side
-        self.long_side = long_side
+        self.short_side, self.long_side = short_side, long_side
 
     @classmethod
     def from_config(cls, cfg):
-        return {
-            **super().from_config(cfg),
-            "short_side": cfg.INPUT.MIN_SIZE_TEST,
-            "long_side": cfg.INPUT.MAX_SIZE_TEST,
-        }
+        sides = {"short_side": cfg.INPUT.MIN_SIZE_TEST, "long_side": cfg.INPUT.MAX_SIZE_TEST}
+        return {**super().from_config(cfg), **sides}
 
-    def forward(self, batched_inputs: list[dict]):
-        """As ``GeneralizedRCNN.forward`` at inference.
-
-        Raises:
-            RuntimeError: the model is in training mode.
-        """
+    def forward(self, batched_inputs: list[dict], loss_scale: float = 1.0) -> list[dict] | dict[str, torch.Tensor]:
+        """As :meth:`MultitaskNetworkCascade.forward` at inference; raises a RuntimeError in training."""
         if self.training:
             raise RuntimeError(
                 "CaffeMultitaskNetworkCascade reproduces the released network at inference and cannot be trained. "
                 "To train, take configs/PascalVOC-InstanceSegmentation/mnc_VGG_16_5stage.yaml."
             )
-        return super().forward(batched_inputs)
+        return super().forward(batched_inputs, loss_scale)
 
     def inference(
         self,
@@ -63,7 +59,7 @@ class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
         do_postprocess: bool = True,
     ) -> list[dict] | list[Instances]:
         """As :meth:`MultitaskNetworkCascade.inference`, image by image: in a batch they would have to be padded."""
-        results = []
+        results: list = []
         for index, inputs in enumerate(batched_inputs):
             detected = None if detected_instances is None else [detected_instances[index]]
             results += super().inference([inputs], detected, do_postprocess)
@@ -87,28 +83,22 @@ class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
             raise ValueError(f'{name} comes without the "height" and "width" of the original image.')
         original = inputs["height"], inputs["width"]
         scale = exact_scale(original, self.short_side, self.long_side)
-        image = inputs["image"]
-        if scaled_size(original, scale) != tuple(size) or _is_rounded(image, scale):
+        is_rounded = _is_rounded(inputs["image"], scale)
+        if scaled_size(original, scale) != tuple(size) or is_rounded:
             raise ValueError(
                 f"{name} of {original[1]} x {original[0]} pixels was resized to {size[1]} x {size[0]}, "
-                f"{'in whole grey levels, ' if _is_rounded(image, scale) else ''}but the model needs a factor of "
-                f"{scale:.6g}, and float32: set INPUT.EXACT_SCALE_TEST True, and take mnc_d2.predictor.MNCPredictor or "
+                f"{'in whole grey levels, ' if is_rounded else ''}but the model needs a factor of {scale:.6g}, and "
+                "float32: set INPUT.EXACT_SCALE_TEST True, and take mnc_d2.predictor.MNCPredictor or "
                 "mnc_d2.data.build_test_resize(cfg). Test-time augmentation resizes in another way."
             )
         return NetworkInputSize(size, scale, original)
 
-    def _postprocess_one(self, inputs: dict, result: Instances) -> Instances:
-        """Paste the masks; the boxes are in the frame of the original image already."""
-        if not result.has("pred_masks"):
-            return super()._postprocess_one(inputs, result)
-        boxes, size = result.pred_boxes.tensor, result.image_size
-        masks = paste_masks(result.pred_masks[:, 0], boxes, size, self.mask_threshold)
-        return Instances(size, **{**result.get_fields(), "pred_masks": masks})
-
-    def _resize_boxes(self, inputs: dict, result: Instances) -> Instances:
-        size = result.image_size
-        boxes = Boxes(pixel_extents(result.pred_boxes.tensor / size.scale))
-        return Instances(size.original, **{**result.get_fields(), "pred_boxes": boxes})
+    def postprocess(self, inputs: dict, output: Instances | list[Instances]) -> Instances | list[Instances]:
+        """As :meth:`MultitaskNetworkCascade.postprocess`; detections lie in the frame of the original image already."""
+        if isinstance(output, list) or not output.has("pred_masks"):
+            return super().postprocess(inputs, output)
+        masks = paste_masks(output.pred_masks[:, 0], output.pred_boxes.tensor, output.image_size, self.mask_threshold)
+        return Instances(output.image_size, **{**output.get_fields(), "pred_masks": masks})
 
 
 def _is_rounded(image: torch.Tensor, scale: float) -> bool:

@@ -19,7 +19,7 @@ def paste_masks(
         masks: (D, m, m), probabilities.
         boxes: (D, 4), whole pixels of the image, far corners exclusive; within the image.
         image_size: (height, width).
-        threshold: texels and pixels are foreground from this value on.
+        threshold: mask cells and pixels are foreground from this value on.
 
     Returns:
         (D, height, width), bool, on the device of ``masks``.

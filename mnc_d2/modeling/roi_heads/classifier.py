@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...layers import max_pool
 from .output_layers import MNCOutputLayers, Predictions
 
 
@@ -38,10 +37,10 @@ class MaskedFeatureClassifier(nn.Module):
             resize_masks: from masks (R, m, m) and S to masks (R, S, S).
         """
         super().__init__()
+        self.pool = nn.AdaptiveMaxPool2d(resolution)
         self.mask_path_head = mask_path_head
         self.box_path_head = box_path_head
         self.predictor = predictor
-        self.resolution = resolution
         self.resize_masks = resize_masks
 
     def forward(self, features: torch.Tensor, masks: torch.Tensor) -> Predictions:
@@ -53,6 +52,6 @@ class MaskedFeatureClassifier(nn.Module):
         size = features.shape[-1]
         if masks.shape[-1] != size:
             masks = self.resize_masks(masks, size)
-        mask_path = self.mask_path_head(max_pool(features, self.resolution, masks))
-        box_path = self.box_path_head(max_pool(features, self.resolution))
+        mask_path = self.mask_path_head(self.pool(features * masks[:, None].to(features.dtype)))
+        box_path = self.box_path_head(self.pool(features))
         return self.predictor(torch.cat((mask_path.flatten(1), box_path.flatten(1)), dim=1))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...layers import batch_indices, tensor_on
+from ...layers import batch_indices, to_device
 
 
 def mean_over_images(losses: torch.Tensor, counts: Sequence[int], where: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,7 +24,7 @@ def mean_over_images(losses: torch.Tensor, counts: Sequence[int], where: torch.T
         (...), dtype of ``losses``; 0 for no image.
     """
     image = batch_indices(counts, losses.device)
-    numbers = tensor_on(losses.device, counts, losses.dtype)
+    numbers = to_device(counts, losses.device, losses.dtype)
     if where is not None:
         where = where.to(losses)
         numbers = torch.zeros_like(numbers).index_add(0, image, where)

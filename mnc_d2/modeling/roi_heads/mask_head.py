@@ -1,22 +1,23 @@
 """Stages 2, 4, ...: regression of a class-agnostic mask in each box (section 3.2)."""
 
+import fvcore.nn.weight_init as weight_init
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY, BaseMaskRCNNHead
 from torch import nn
 
-from ...layers import LinearOfMaps, at_least_float32, is_exporting
+from ...layers import at_least_float32
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class MaskRegressionHead(nn.Module):
+class MaskRegressionHead(BaseMaskRCNNHead):
     """Two fully connected layers from the pooled features of a box to the logits of an m x m mask."""
 
     @configurable
     def __init__(
-        self, input_shape: ShapeSpec, *, hidden_dim: int = 256, mask_size: int = 28, init_std: float = 0.001
+        self, input_shape: ShapeSpec, *, hidden_dim: int = 256, mask_size: int = 28, init_std: float = 0.001, **kwargs
     ) -> None:
         """
         Args:
@@ -24,10 +25,13 @@ class MaskRegressionHead(nn.Module):
             hidden_dim: units of the hidden layer.
             mask_size: m.
             init_std: standard deviation of the initial weights.
+            kwargs: the arguments of Detectron2's ``BaseMaskRCNNHead``.
         """
-        super().__init__()
+        super().__init__(**kwargs)
         self.mask_size = mask_size
-        self.fc1 = LinearOfMaps(input_shape.channels, input_shape.height, input_shape.width, hidden_dim)
+        self.channels = input_shape.channels
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(input_shape.channels * input_shape.height * input_shape.width, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, mask_size**2)
         for layer in (self.fc1, self.fc2):
             nn.init.normal_(layer.weight, std=init_std)
@@ -36,16 +40,17 @@ class MaskRegressionHead(nn.Module):
     @classmethod
     def from_config(cls, cfg, input_shape):
         return {
+            **super().from_config(cfg, input_shape),
             "input_shape": input_shape,
             "hidden_dim": cfg.MODEL.MNC.MASK_FC_DIM,
             "mask_size": cfg.MODEL.MNC.MASK_SIZE,
             "init_std": cfg.MODEL.MNC.MASK_INIT_STD,
         }
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return mask logits (R, m, m), at least float32, for pooled features (R, C, S, S)."""
-        hidden = F.relu(self.fc1(features))
-        return at_least_float32(self.fc2(hidden)).view(-1, self.mask_size, self.mask_size)
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        """Return mask logits (R, 1, m, m), at least float32, for pooled features (R, C, S, S)."""
+        hidden = F.relu(self.fc1(self.flatten(x)))
+        return at_least_float32(self.fc2(hidden)).view(-1, 1, self.mask_size, self.mask_size)
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -74,15 +79,16 @@ class MaskFusionHead(MaskRegressionHead):
                 f"MODEL.MNC.MASK_SIZE is {self.mask_size}. MaskFusionHead needs a multiple of "
                 f"MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION, {input_shape.height}."
             )
-        layers, channels = [], input_shape.channels
+        layers: list[nn.Module] = []
+        channels = input_shape.channels
         for _ in range(num_conv):
-            layers += [nn.Conv2d(channels, conv_dim, 3, padding=1), nn.ReLU()]
-            nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layers[-2].bias)
+            conv = nn.Conv2d(channels, conv_dim, 3, padding=1)
+            weight_init.c2_msra_fill(conv)
+            layers += [conv, nn.ReLU()]
             channels = conv_dim
         predictor = nn.ConvTranspose2d(channels, 1, scale, stride=scale)
         nn.init.normal_(predictor.weight, std=0.001)
-        nn.init.zeros_(predictor.bias)
+        nn.init.zeros_(predictor.get_parameter("bias"))
         self.local = nn.Sequential(*layers, predictor)
 
     @classmethod
@@ -94,16 +100,6 @@ class MaskFusionHead(MaskRegressionHead):
             "conv_dim": mask_head.CONV_DIM,
         }
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return mask logits (R, m, m), at least float32, for pooled features (R, C, S, S)."""
-        return super().forward(features) + at_least_float32(self._local_logits(features)).squeeze(1)
-
-    def _local_logits(self, features: torch.Tensor) -> torch.Tensor:
-        if not is_exporting():
-            return self.local(features)
-        # The same as a convolution that predicts the pixels of a texel as channels. onnxruntime keeps the features in
-        # the order of its convolutions for that.
-        hidden, predictor = self.local[:-1](features), self.local[-1]
-        scale = predictor.stride[0]
-        weight = predictor.weight.flatten(1).T[:, :, None, None]
-        return F.pixel_shuffle(F.conv2d(hidden, weight, predictor.bias.expand(scale**2)), scale)
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        """Return mask logits (R, 1, m, m), at least float32, for pooled features (R, C, S, S)."""
+        return super().layers(x) + at_least_float32(self.local(x))

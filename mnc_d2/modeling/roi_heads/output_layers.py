@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, ciou_loss, diou_loss
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
-from detectron2.structures import Instances
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import nn
 
 from ...layers import at_least_float32
+from .labels import RoILabels
 from .loss_reduction import mean_over_images
 
 # MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE beside "smooth_l1".
@@ -56,16 +56,13 @@ class MNCOutputLayers(FastRCNNOutputLayers):
         return Predictions(*(at_least_float32(layer(features)) for layer in layers))
 
     def losses(
-        self,
-        predictions: Predictions,
-        proposals: list[Instances],
-        moving_targets: bool = False,
+        self, predictions: Predictions, labels: RoILabels, seg_classes: torch.Tensor, moving_targets: bool = False
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            predictions: what :meth:`forward` returned.
-            proposals: one per image, with ``proposal_boxes``, ``gt_boxes``, ``gt_classes`` (labels by box IoU) and
-                ``gt_seg_classes`` (labels by box and mask IoU).
+            predictions: for R RoIs.
+            labels: of these, by box IoU.
+            seg_classes: (R,), int64, labels by box IoU and mask IoU.
             moving_targets: whether regression targets move, in the derivative, with the boxes that they start from;
                 else they are constants.
 
@@ -73,18 +70,13 @@ class MNCOutputLayers(FastRCNNOutputLayers):
             scalars ``loss_cls``, ``loss_seg_cls`` and ``loss_box_reg``, means over the images of the means over the
             RoIs of each (:func:`~mnc_d2.modeling.roi_heads.loss_reduction.mean_over_images`).
         """
-        cls_logits, seg_cls_logits, deltas = predictions
-        counts = [len(x) for x in proposals]
-        gt_classes = torch.cat([x.gt_classes for x in proposals])
-        gt_seg_classes = torch.cat([x.gt_seg_classes for x in proposals])
-        boxes = torch.cat([x.proposal_boxes.tensor for x in proposals])
-        gt_boxes = torch.cat([x.gt_boxes.tensor for x in proposals])
+        boxes = labels.boxes if moving_targets else labels.boxes.detach()
         losses = {
-            "loss_cls": F.cross_entropy(cls_logits, gt_classes, reduction="none"),
-            "loss_seg_cls": F.cross_entropy(seg_cls_logits, gt_seg_classes, reduction="none"),
-            "loss_box_reg": self._box_losses(boxes if moving_targets else boxes.detach(), gt_boxes, deltas, gt_classes),
+            "loss_cls": F.cross_entropy(predictions.cls_logits, labels.classes, reduction="none"),
+            "loss_seg_cls": F.cross_entropy(predictions.seg_cls_logits, seg_classes, reduction="none"),
+            "loss_box_reg": self._box_losses(boxes, labels.gt_boxes, predictions.deltas, labels.classes),
         }
-        means = mean_over_images(torch.stack(list(losses.values())), counts)
+        means = mean_over_images(torch.stack(list(losses.values())), labels.counts)
         return {name: mean * self.loss_weight.get(name, 1.0) for name, mean in zip(losses, means.unbind())}
 
     def _box_losses(

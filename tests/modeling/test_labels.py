@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mnc_d2.modeling.roi_heads.sampling import sample_rois
+from mnc_d2.modeling.roi_heads.labels import sample_rois
 
 NUM_CLASSES = 3
-BANDS, FRACTIONS = [(0.1, 0.5), (0.0, 0.1)], [0.85, 0.15]
+BANDS = [(0.1, 0.5, 0.85), (0.0, 0.1, 0.15)]
 
 
 def sample(num_fg, num_near, num_far, num_ignored=0, batch_size=64, positive_fraction=0.3, seed=0, refill=True):
@@ -16,7 +16,7 @@ def sample(num_fg, num_near, num_far, num_ignored=0, batch_size=64, positive_fra
     kinds = kinds[torch.randperm(len(kinds))]
     classes = torch.tensor([1, NUM_CLASSES, NUM_CLASSES, -1])[kinds]
     ious = torch.tensor([0.7, 0.3, 0.05, 0.3])[kinds]
-    drawn = sample_rois(classes, ious, NUM_CLASSES, batch_size, positive_fraction, BANDS, FRACTIONS, refill)
+    drawn = sample_rois(classes, ious, NUM_CLASSES, batch_size, positive_fraction, BANDS, refill)
     counts = torch.bincount(kinds[drawn], minlength=4).tolist()
     return counts, drawn, kinds
 
@@ -69,7 +69,7 @@ def test_draws_are_random_and_repeatable():
 def test_every_roi_of_a_kind_is_drawn_sooner_or_later():
     torch.manual_seed(0)
     classes, ious = torch.full((20,), NUM_CLASSES), torch.full((20,), 0.2)
-    drawn = [sample_rois(classes, ious, NUM_CLASSES, 5, 0.3, BANDS, FRACTIONS) for _ in range(60)]
+    drawn = [sample_rois(classes, ious, NUM_CLASSES, 5, 0.3, BANDS) for _ in range(60)]
     # Each is missed 60 times with probability 0.75 ** 60 = 3e-8.
     assert torch.cat(drawn).unique().numel() == 20
 
@@ -77,13 +77,13 @@ def test_every_roi_of_a_kind_is_drawn_sooner_or_later():
 @pytest.mark.parametrize(("iou", "band"), [(0.0, 1), (0.0999, 1), (0.1, 0), (0.4999, 0)])
 def test_a_band_holds_its_lower_end_but_not_its_upper(iou, band):
     # One RoI is wanted, and the band in question has the whole share.
-    fractions = [float(band == 0), float(band == 1)]
+    bands = [(low, high, float(i == band)) for i, (low, high, _) in enumerate(BANDS)]
     other = 0.05 if band == 0 else 0.3
     classes, ious = torch.full((2,), NUM_CLASSES), torch.tensor([iou, other])
-    assert sample_rois(classes, ious, NUM_CLASSES, 1, 0.3, BANDS, fractions).tolist() == [0]
+    assert sample_rois(classes, ious, NUM_CLASSES, 1, 0.3, bands).tolist() == [0]
 
 
 def test_every_foreground_class_counts_as_foreground():
     classes = torch.arange(NUM_CLASSES + 1)
-    drawn = sample_rois(classes, torch.tensor([0.9, 0.9, 0.9, 0.2]), NUM_CLASSES, 4, 0.75, BANDS, FRACTIONS)
+    drawn = sample_rois(classes, torch.tensor([0.9, 0.9, 0.9, 0.2]), NUM_CLASSES, 4, 0.75, BANDS)
     assert sorted(drawn.tolist()) == [0, 1, 2, 3]
