@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, Instances
 from ..modeling import CascadePass
 from ..modeling.roi_heads.labels import boxes_to_rois
 from ..modeling.roi_heads.mask_supervision import bit_masks, crop_masks
-from ..modeling.roi_heads.metrics import log_metrics, pass_metrics
+from ..modeling.roi_heads.metrics import log_metrics
 from ..modeling.roi_heads.outputs import PassOutput
 from .paper_roi_heads import PaperMNCROIHeads
 
@@ -51,7 +51,7 @@ class CFMROIHeads(PaperMNCROIHeads):
         labels = self.label_boxes([x.proposal_boxes for x in proposals], targets, is_first=True)
         masks = torch.cat([x.proposal_masks for x in proposals])[labels.proposal_index]
         output = self.run_pass(0, features, labels.rois, labels, masks)
-        log_metrics(pass_metrics(output, labels, self.num_classes))
+        log_metrics([x.proposal_boxes for x in proposals], [(output, labels)], self.num_classes)
         return labels.to_instances(gt_seg_classes=output.seg_classes), self.losses(output, labels)
 
     def predict(self, features: dict[str, torch.Tensor], proposals: list[Instances]) -> list[PassOutput]:

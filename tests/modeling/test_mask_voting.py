@@ -9,7 +9,7 @@ from benchmarks.measure import peak_process_memory
 from torchvision.ops import nms
 
 from mnc_d2.modeling import vote_masks
-from mnc_d2.modeling.roi_heads import mask_voting
+from mnc_d2.modeling.roi_heads import mask_voting, selection
 
 SIZE = (22, 30)  # height, width
 M, CLASSES = 5, 3
@@ -178,7 +178,7 @@ def test_detections_are_the_best_survivors_of_one_nms_for_each_class(limit, coun
         kept = candidates[nms(boxes[candidates], scores[candidates, cls], 0.3)]
         survivors += [(scores[k, cls].item(), k.item(), cls) for k in kept]
     survivors = sorted(survivors, reverse=True)[: limit if limit > 0 else None]
-    index, cls = mask_voting.select_detections(boxes, scores, 0.2, 0.3, limit)
+    index, cls = selection.select_detections(boxes, scores, 0.2, 0.3, limit)
     assert list(zip(index.tolist(), cls.tolist())) == [(k, c) for _, k, c in survivors]
 
 

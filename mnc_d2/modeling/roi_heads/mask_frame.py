@@ -16,7 +16,8 @@ class Cells(NamedTuple):
     def weights(self, size: int) -> torch.Tensor:
         """Return the weights of all ``size`` cells in the interpolation at each point: (n, p, size)."""
         cells = torch.arange(size, dtype=torch.float32, device=self.position.device)
-        return (1 - (self.position[..., None] - cells).abs()).clamp(min=0) * self.inside[..., None]
+        distances = (self.position[..., None] - cells).abs_()
+        return distances.neg_().add_(1).clamp_(min=0).mul_(self.inside[..., None])  # in the memory of the distances
 
     def neighbours(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the two cells around each point, int64, and their weights: (n, p, 2) each."""

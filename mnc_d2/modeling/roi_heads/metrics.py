@@ -67,9 +67,19 @@ def pass_metrics(output: PassOutput, labels: RoILabels, num_classes: int) -> dic
     }
 
 
-def log_metrics(metrics: dict[str, torch.Tensor]) -> None:
-    """Write scalars to Detectron2's event storage, with one transfer from the device; undefined ones are left out."""
+def log_metrics(proposals: Sequence[Boxes], passes: Sequence[tuple[PassOutput, RoILabels]], num_classes: int) -> None:
+    """Write the accuracies of a training step to Detectron2's event storage; undefined ones are left out.
+
+    Args:
+        proposals: one per image, in image pixels.
+        passes: the output of each pass, and the labels of its RoIs.
+        num_classes: label of the background.
+    """
+    metrics = recall(proposals, passes[0][1].targets)
+    for output, labels in passes:
+        metrics |= pass_metrics(output, labels, num_classes)
     storage = get_event_storage()
+    # One transfer from the device.
     for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):
         if value == value:
             storage.put_scalar(name, value)

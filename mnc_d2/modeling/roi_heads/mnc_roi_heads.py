@@ -22,7 +22,7 @@ from .detections import reduce_passes
 from .labels import RoILabels, boxes_to_rois, label_boxes, sample_rois
 from .mask_supervision import MaskSupervision
 from .mask_voting import vote_masks
-from .metrics import log_metrics, pass_metrics, recall
+from .metrics import log_metrics
 from .outputs import PassOutput
 from .roi_anchor_loss import RoIAnchorLoss
 
@@ -63,7 +63,7 @@ class MNCROIHeads(ROIHeads):
             sample: draws the RoIs of the first pass, as :func:`~mnc_d2.modeling.roi_heads.labels.sample_rois` does.
             append_gt_to_later_passes: what ``proposal_append_gt`` is for the first pass.
             roi_anchor_loss: a loss that is added for the anchors behind sampled RoIs.
-            next_box_background: whether at inference background may regress a box for the next pass, as a class.
+            next_box_background: whether at inference background may regress a box for the next pass.
             next_pass_min_score: probability of foreground, at box or at mask level, that a box needs for the next pass.
             vote: reduces the candidates of one image to detections, as :func:`~mnc_d2.modeling.vote_masks` does.
             mask_on: whether inference returns masks, by mask voting; if not, boxes only, scored at box level.
@@ -152,22 +152,22 @@ class MNCROIHeads(ROIHeads):
         """Run the cascade in training; as :meth:`forward`."""
         features = self.gradients.scale_features(features, self.num_passes_train)
         boxes = [x.proposal_boxes for x in proposals]
-        metrics, losses = recall(boxes, targets), dict[str, torch.Tensor]()
+        trained: list[tuple[PassOutput, RoILabels]] = []
+        losses: dict[str, torch.Tensor] = {}
         corners = image_corners([x.image_size for x in proposals], boxes[0].tensor)
         for index in range(self.num_passes_train):
             labels = self.label_boxes(boxes, targets, is_first=index == 0)
             output = self.run_pass(index, features, labels.rois, labels)
-            if index == 0:
-                sampled = labels.to_instances(gt_seg_classes=output.seg_classes)
-                # Other RPNs than CausalRPN, and proposals from files, have no anchors.
-                if self.roi_anchor_loss is not None and all(x.has("anchor_logits") for x in proposals):
-                    losses |= self.roi_anchor_loss(proposals, labels, self.num_classes)
             losses |= self.losses(output, labels)
-            metrics |= pass_metrics(output, labels, self.num_classes)
+            trained.append((output, labels))
             if index + 1 < self.num_passes_train:
                 boxes = [Boxes(x) for x in labels.split(self.next_rois(output, corners)[:, 1:])]
-        log_metrics(metrics)
-        return sampled, losses
+        log_metrics([x.proposal_boxes for x in proposals], trained, self.num_classes)
+        output, labels = trained[0]
+        # Other RPNs than CausalRPN, and proposals from files, have no anchors.
+        if self.roi_anchor_loss is not None and all(x.has("anchor_logits") for x in proposals):
+            losses |= self.roi_anchor_loss(proposals, labels, self.num_classes)
+        return labels.to_instances(gt_seg_classes=output.seg_classes), losses
 
     def label_boxes(self, boxes: list[Boxes], targets: list[Instances], is_first: bool) -> RoILabels:
         """Match the boxes of each image to its ground truth. For the first pass, some of them are drawn."""
