@@ -15,8 +15,8 @@ from .selection import find_finite, group_detections, select_detections
 
 # Pixels, over all detections, of averages that are held at once: 32 MiB. A single detection may have more.
 _MAX_AVERAGED = 2**23
-# Elements of stretched masks, and of sums of their columns, that are held at once: 8 MiB.
-_MAX_ELEMENTS = 2**21
+# Elements of stretched masks, and of sums of their columns, that are held at once: 4 MiB.
+_MAX_ELEMENTS = 2**20
 # Pixels this close under the threshold are averaged, as sums vary with their order and with TF32.
 _ROUNDING = 1e-3
 # Maps are padded to one size while this times their own pixels, or an eighth of the limit, suffices.
@@ -230,7 +230,9 @@ def _average(
     for rows in (slice(i, min(i + rows_at_once, height)) for i in range(0, height, rows_at_once)):
         for columns in (slice(i, min(i + columns_at_once, width)) for i in range(0, width, columns_at_once)):
             for along_y, along_x in frame.find_cells(boxes, pixels[columns], pixels[rows], cells):
-                stretched = (along_y.weights(cells) @ masks).transpose(1, 2).flatten(0, 1)  # (n * m, rows)
+                stretched = (masks.transpose(1, 2) @ along_y.weights(cells).transpose(1, 2)).flatten(
+                    0, 1
+                )  # (n * m, rows)
                 index, weight = along_x.neighbours()
                 index = (index + first_cell)[ballots.voter].transpose(0, 1)  # (columns, ballots, 2)
                 weight = (weight[ballots.voter] * ballots.weight[:, None, None]).transpose(0, 1)

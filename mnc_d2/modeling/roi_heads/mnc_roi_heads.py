@@ -152,8 +152,7 @@ class MNCROIHeads(ROIHeads):
         """Run the cascade in training; as :meth:`forward`."""
         features = self.gradients.scale_features(features, self.num_passes_train)
         boxes = [x.proposal_boxes for x in proposals]
-        trained: list[tuple[PassOutput, RoILabels]] = []
-        losses: dict[str, torch.Tensor] = {}
+        losses, trained = dict[str, torch.Tensor](), list[tuple[PassOutput, RoILabels]]()
         corners = image_corners([x.image_size for x in proposals], boxes[0].tensor)
         for index in range(self.num_passes_train):
             labels = self.label_boxes(boxes, targets, is_first=index == 0)
