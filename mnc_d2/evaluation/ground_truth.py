@@ -82,7 +82,7 @@ def load_ground_truth(dataset_name: str) -> GroundTruth:
     if metadata.get("evaluator_type") == "pascal_voc":
         raise ValueError(
             f"Detectron2's '{dataset_name}' does not say which instances are difficult. Evaluate it with "
-            'TEST.EVALUATOR "auto", or take voc_2007_boxes_test and the like: see datasets/README.md.'
+            '"auto" in TEST.EVALUATORS, or take voc_2007_boxes_test and the like: see datasets/README.md.'
         )
     names = metadata.get("thing_classes")
     if names is None:
