@@ -111,6 +111,6 @@ def _remap_efficientnet(state: dict[str, torch.Tensor], whole: nn.Module, path: 
     own = whole.state_dict()
     if [x.shape for x in state.values()] != [x.shape for x in own.values()]:
         raise ValueError(
-            f"The weights {path} do not fit MODEL.TIMM.NAME: they are those of another network of efficientnet_pytorch"
+            f"The weights {path} do not fit MODEL.TIMM.NAME: they belong to another network of efficientnet_pytorch"
         )
     return remap_state_dict(state, whole)

@@ -23,8 +23,8 @@ def accelerate(model: _Model, dtype: torch.dtype | None = None) -> _Model:
     """Return a copy of a model with the same results in less time, without gradients.
 
     The copy is a snapshot: call this again after the weights have changed. In the copy, convolutions and linear layers
-    have constant weights, see :mod:`.layers`; a layer that has hooks stays as it is. All other parameters and buffers
-    are those of the model, which is left alone.
+    have constant weights, see :mod:`.layers`; a layer that has hooks stays as it is. The copy shares all other
+    parameters and buffers with the model, which does not change.
 
     Args:
         model: any module in ``eval()``, such as a Detectron2 model, on any device.

@@ -31,7 +31,7 @@ class CaffeMultitaskNetworkCascade(MultitaskNetworkCascade):
         """
         Args:
             short_side, long_side: as of ``ResizeByExactScale``, in pixels.
-            kwargs: those of :class:`~mnc_d2.modeling.MultitaskNetworkCascade`; ``pred_mask_format`` is "bitmask".
+            kwargs: arguments of :class:`~mnc_d2.modeling.MultitaskNetworkCascade`; ``pred_mask_format`` is "bitmask".
         """
         super().__init__(**kwargs)
         if self.pred_mask_format != "bitmask":

@@ -134,6 +134,6 @@ class MaskFrame:
         return pixels + pixels.new_tensor([0, 0, 1, 1])
 
     def replace_empty(self, boxes: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        """Return the boxes (D, 4) of detections without foreground, from those of their candidates (D, 4)."""
+        """Return the boxes (D, 4) of detections without foreground, from the boxes (D, 4) of their candidates."""
         height, width = image_size
         return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))

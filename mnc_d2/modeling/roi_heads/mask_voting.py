@@ -124,7 +124,7 @@ def _merge_masks(
     Args:
         boxes: (K, 4), float32, in image pixels.
         masks: (K, m, m), float32, probabilities in the frame of the box.
-        weights: (D, K), float32, of each mask in each average; those of an average add up to 1.
+        weights: (D, K), float32, of each mask in each average; they add up to 1 in each average.
         votes: (D, K), bool, which masks take part.
         group_of: (D,), int64, from 0 on. The masks of a group are rendered together.
         survivors: (D, 4), float32, the boxes of the detections' own candidates.

@@ -281,7 +281,7 @@ class MNCROIHeads(ROIHeads):
     ) -> dict[str, list]:
         """Reduce the boxes of all passes as :meth:`detect` does, in images of (height, width)."""
         vote = self.vote if self.mask_on else None
-        predictor = self.get_pass(0).classifier.predictor  # the thresholds are those of any pass
+        predictor = self.get_pass(0).classifier.predictor  # all passes have the same thresholds
         return reduce_passes(passes, image_sizes, outputs, predictor, self.predict_class_boxes, vote)
 
     def predict_class_boxes(self, output: PassOutput) -> torch.Tensor:
